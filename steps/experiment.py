@@ -1,0 +1,396 @@
+"""One run of a recipe: its data version, its store, its journal, its folder. Knows no orchestrator."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from steps import code, pipeline, registry, report, tracking, versions
+from steps.artifact import MANIFEST
+from steps.base import locate
+from steps.config import Recipe
+from steps.errors import PrefloopError
+from steps.launch import launcher
+from steps.paths import Var, need_space
+from steps.progress import watch
+from steps.run import Input, Outcome, Store, StepSpec, run_step
+from steps.versions import DataVersion
+
+# The numbers that stand in the parent run's row, so that comparing pipelines is comparing rows.
+HEADLINES: dict[str, tuple[str, ...]] = {
+    "sft": ("loss",),
+    "reward": ("accuracy",),
+    "policy": (
+        "eval_rewards/chosen",
+        "eval_rewards/rejected",
+        "eval_rewards/margins",
+        "eval_rewards/accuracies",
+    ),
+    "evaluate": (
+        "win_rate",
+        "win_rate_low",
+        "win_rate_high",
+        "win_rate_by_reward",
+        "length_ratio",
+        "judge_accuracy",
+        "champion_win_rate",
+        "champion_win_rate_low",
+    ),
+}
+PREFIX = {"sft": "sft/", "reward": "reward/"}  # names that would clash in one row
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do with a step: `reuse`, `run`, or `wait` for the step named in `because`."""
+
+    step: str
+    what: str
+    because: str
+    key: str = ""
+
+
+class Experiment:
+    """A recipe being run.
+
+    Args:
+        recipe: what to run.
+        root: the project.
+        console: where people look.
+        tags: what the orchestrator wants written down, such as its own run's id.
+    """
+
+    def __init__(self, recipe: Recipe, root: Path, console: Console, tags: Mapping[str, str] | None = None) -> None:
+        self.recipe, self.root, self.console = recipe, root, console
+        self.tags = dict(tags or {})
+        self.var = Var(root)
+        self.store = Store(self.var.folder("store"))
+        self.forwarder = tracking.Forwarder(tracking.tracking_uri(self.var), self.var.folder("mlflow-artifacts"))
+        self.outcomes: dict[str, Outcome] = {}
+        self.known: dict[str, Input] = {}
+        self.data: DataVersion | None = None
+        self.data_seconds = 0.0
+        self._folder: Path | None = None
+        self._champion: registry.Version | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where this run's report goes; made, with the start of its journal, when it is first asked for."""
+        if self._folder is None:
+            runs = self.var.folder("runs")
+            stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+            folder = runs / f"{stamp}-{self.recipe.name}"
+            number = 1
+            while folder.exists():
+                number += 1
+                folder = runs / f"{stamp}-{self.recipe.name}-{number}"
+            folder.mkdir()
+            recipe = self.recipe.model_dump(mode="json")
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+            tags = {
+                "prefloop.git_commit": versions.git_revision(self.root) or "no git",
+                "prefloop.libraries": ", ".join(f"{k} {v}" for k, v in code.library_versions().items()),
+                "prefloop.machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+                **self.tags,
+            }
+            tracking.append(folder, "start", name=folder.name, experiment=self.recipe.name, parent=None, tags=tags)
+            tracking.append(folder, "params", values=flat(recipe))
+            tracking.append(folder, "artifact", path="recipe.yaml")
+            self._folder = folder
+        return self._folder
+
+    # -- the steps -----------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> DataVersion:
+        """Version and validate the data, and find the base model; everything a later step reads is known then."""
+        need_space(self.var.path if self.var.path.is_dir() else self.root, self.recipe.launch.min_free_gib)
+        started = time.monotonic()
+        self.known["source"] = locate(self.recipe.model.base, self.recipe.model.revision, self.root)
+        with self.console.status("data      ingest → validate → split"):
+            self.data = versions.prepare(self.recipe.data.name, self.root)
+        self.known |= {f"data/{name}": table for name, table in self.data.tables.items()}
+        self.data_seconds = time.monotonic() - started
+        tags = {"data": self.data.name, "data_digest": self.data.digest, "data_revision": self.data.revision or "no git"}
+        tracking.append(self.folder, "tags", values=tags)
+        tracking.append(self.folder, "inputs", datasets=self._datasets(pipeline.TABLES))
+        self._say("data", "checked", self.data_seconds, report.headline("data", self.data.counts))
+        return self.data
+
+    def spec(self, name: str) -> StepSpec:
+        """What a step is, from what is known so far."""
+        return pipeline.spec(name, self.recipe, self.known)
+
+    def run(self, name: str) -> Outcome:
+        """Find a step's artifact or make it, with its curves in MLflow and a bar on the terminal.
+
+        Raises:
+            PrefloopError: with the command that repeats just this step.
+        """
+        if name == "evaluate":
+            self._find_champion()
+        spec = self.spec(name)
+        work = launcher(self.recipe.launch)
+
+        def start(partial: Path, resumed: bool) -> None:
+            tags = {"prefloop.step": name, "prefloop.key": spec.key, "prefloop.resumed": str(resumed)}
+            tracking.append(
+                partial, "start", name=spec.name, experiment=self.recipe.name, parent=str(self.folder), tags=tags
+            )
+            if not resumed:
+                tracking.append(partial, "params", values=flat({"seed": spec.seed, **spec.config}))
+                if tables := pipeline.tables_of(name):
+                    tracking.append(partial, "inputs", datasets=self._datasets(tables))
+
+        def launch(partial: Path) -> None:
+            with watch(name, partial, self.console, each=lambda: self._forward(partial)):
+                work(partial)
+
+        try:
+            outcome = run_step(spec, self.store, launch, start)
+        except PrefloopError as error:
+            tracking.append(self.folder, "end", status="FAILED")
+            partial = self.store.partial(spec)
+            if partial.is_dir():
+                tracking.append(partial, "end", status="FAILED")
+                self._forward(partial)
+            self._forward(self.folder)
+            error.then = error.then or f"`{self.repeat_command(name)}` repeats just this step"
+            raise
+        except BaseException:
+            if self.store.partial(spec).is_dir():
+                tracking.append(self.store.partial(spec), "end", status="KILLED")
+            tracking.append(self.folder, "end", status="KILLED")
+            raise
+        self._note(name, outcome)
+        return outcome
+
+    def run_one(self, name: str, *, again: bool) -> Outcome:
+        """Run a single step whose inputs are known and close the books on it.
+
+        Args:
+            again: run it although its artifact is there; the old one is dropped first.
+        """
+        if name == "evaluate":
+            self._find_champion()
+        if again:
+            self.store.forget(self.spec(name))
+        outcome = self.run(name)
+        tracking.append(self.folder, "end", status="FINISHED")
+        self._forward(self.folder)
+        return outcome
+
+    def _note(self, name: str, outcome: Outcome) -> None:
+        artifact = outcome.artifact
+        if not outcome.reused:
+            numbers = {k: v for k, v in artifact.facts.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+            tracking.append(artifact.path, "metrics", step=0, values={**numbers, "seconds": artifact.seconds})
+            for file in (MANIFEST, "chart.png"):
+                tracking.append(artifact.path, "artifact", path=file)
+            tracking.append(artifact.path, "end", status="FINISHED")
+        self.outcomes[name] = outcome
+        self.known[name] = Input(artifact.path, artifact.digest)
+        self._forward(artifact.path)
+        row = {PREFIX.get(name, "") + fact: artifact.facts[fact] for fact in HEADLINES.get(name, ()) if fact in artifact.facts}
+        if row:
+            tracking.append(self.folder, "metrics", step=0, values=row)
+        run_id = self.forwarder.run_id(artifact.path) or "not sent yet"
+        how = "reused" if outcome.reused else "run"
+        tracking.append(self.folder, "tags", values={f"step.{name}": f"{how} {artifact.key}, MLflow run {run_id}"})
+        self._forward(self.folder)
+        self._say(name, "reused" if outcome.reused else "done", outcome.seconds, report.headline(name, artifact.facts))
+
+    def _find_champion(self) -> None:
+        """Let the evaluation meet the champion, unless the policy is the champion itself."""
+        self._champion = registry.champion(self.forwarder.client, self.recipe.name)
+        if self._champion is None or self._champion.tags.get("policy_digest") == self.known["policy"].digest:
+            return
+        if self._champion.tags.get("base_digest") != self.known["base"].digest:
+            raise PrefloopError(
+                "the champion stands on another base model, so the two cannot answer side by side",
+                where=self._champion.uri,
+                have=f"its base is {self._champion.tags.get('base')}, the recipe's {self.recipe.model.base}",
+                then="give the recipe another `name`",
+            )
+        folder = registry.fetch_adapter(self.forwarder.client, self._champion, self.var.folder("champions"))
+        self.known["champion"] = Input(folder, str(self._champion.tags["policy_digest"]))
+
+    def register(self) -> registry.Version:
+        """Put the policy into the model registry; the gate's verdict decides its alias.
+
+        Raises:
+            EnvironmentProblem: the registry cannot be reached; everything else of the run is kept.
+        """
+        verdict = self.outcomes["gate"].artifact.facts
+        policy = self.outcomes["policy"].artifact
+        model = self.folder / "model"
+        shutil.copytree(policy.path / "adapter", model / "adapter", dirs_exist_ok=True)
+        shutil.copyfile(self.folder / "recipe.yaml", model / "recipe.yaml")
+        text = self.markdown("not registered yet")
+        (model / "README.md").write_text(text, encoding="utf-8")
+        tracking.append(self.folder, "artifact", path="model", under="model")
+        if not self._forward(self.folder):
+            registry.champion(self.forwarder.client, self.recipe.name)  # raises, saying what is wrong
+        assert self.data is not None
+        tags = {
+            "policy_digest": policy.digest,
+            "evaluation": self.outcomes["evaluate"].artifact.key,
+            "base": self.recipe.model.base,
+            "base_digest": self.known["base"].digest,
+            "data": self.data.name,
+            "data_digest": self.data.digest,
+            "data_revision": self.data.revision or "no git",
+            "run": self.folder.name,
+            "verdict": " | ".join(verdict["reasons"]),
+            **{f"step.{name}": outcome.artifact.key for name, outcome in self.outcomes.items()},
+        }
+        return registry.register(
+            self.forwarder.client,
+            self.recipe.name,
+            str(self.forwarder.run_id(self.folder)),
+            "model",
+            tags,
+            promote=verdict["promote"],
+            description=text,
+        )
+
+    # -- what is left behind -------------------------------------------------------------------------------------
+
+    def finish(self, version: registry.Version) -> str:
+        """Write report, pictures and the last of the journal; print the report. Returns it as Markdown."""
+        from steps.charts import run_picture
+
+        facts = {name: outcome.artifact.facts for name, outcome in self.outcomes.items()}
+        folders = {name: outcome.artifact.path for name, outcome in self.outcomes.items()}
+        for name, folder in folders.items():
+            if (folder / "chart.png").is_file():
+                shutil.copyfile(folder / "chart.png", self.folder / f"{name}.png")
+        run_picture(folders, facts, self.folder / "report.png")
+        text = self.markdown(version.uri)
+        (self.folder / "report.md").write_text(text, encoding="utf-8")
+        for file in sorted(self.folder.glob("*.png")) + [self.folder / "report.md"]:
+            tracking.append(self.folder, "artifact", path=file.name)
+        tracking.append(self.folder, "tags", values={"model": version.uri, "promoted": facts["gate"]["promote"]})
+        tracking.append(self.folder, "end", status="FINISHED")
+        sent = self._forward(self.folder)
+        hints = [
+            ("report", f"{_short(self.folder / 'report.md')} and report.png"),
+            ("open the UIs", "prefloop ui"),
+            ("repeat one step", self.repeat_command("policy")),
+        ]
+        if not sent:
+            hints.append(("not sent yet", f"{self.forwarder.problem}; the next run sends it"))
+        report.print_report(
+            self.console,
+            self._rows(),
+            report.findings(facts),
+            report.examples(folders["evaluate"] / "completions.parquet"),
+            facts["gate"],
+            version.uri,
+            hints,
+        )
+        return text
+
+    def markdown(self, model: str) -> str:
+        """The run's report as Markdown."""
+        facts = {name: outcome.artifact.facts for name, outcome in self.outcomes.items()}
+        completions = self.outcomes["evaluate"].artifact.path / "completions.parquet"
+        shown = report.examples(completions)
+        return report.markdown(self.folder.name, self._rows(), report.findings(facts), shown, facts["gate"], model)
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        assert self.data is not None
+        return report.step_rows(self.outcomes, self.data.counts, self.data_seconds)
+
+    def metrics(self) -> dict[str, float]:
+        """The headline numbers, as they stand in the parent run's row."""
+        return {
+            PREFIX.get(name, "") + fact: outcome.artifact.facts[fact]
+            for name, outcome in self.outcomes.items()
+            for fact in HEADLINES.get(name, ())
+            if fact in outcome.artifact.facts
+        }
+
+    def send_what_waits(self) -> None:
+        """Send the journals of earlier runs that a dead tracking server did not get."""
+        folders = [*self.var.folder("runs").iterdir(), *(path for path in self.store.path.iterdir() if path.is_dir())]
+        for folder in sorted(folders, key=lambda path: path.parent.name):  # runs before steps: parents first
+            if self.forwarder.waiting(folder) and not folder.name.endswith(".partial"):
+                self._forward(folder)
+
+    def _forward(self, folder: Path) -> bool:
+        return self.forwarder.forward(folder)
+
+    # -- without running -----------------------------------------------------------------------------------------
+
+    def plan(self) -> list[Plan]:
+        """What `run` would do, step by step, as far as it can be known without running. Data is taken as it is."""
+        self.known["source"] = locate(self.recipe.model.base, self.recipe.model.revision, self.root)
+        self.data = versions.current(self.recipe.data.name, self.root)
+        self.known |= {f"data/{name}": table for name, table in self.data.tables.items()}
+        plans = []
+        for name in self.recipe.STEPS:
+            try:
+                if name == "evaluate" and "policy" in self.known:
+                    self._find_champion()
+                spec = self.spec(name)
+            except KeyError as missing:
+                plans.append(Plan(name, "wait", f"follows {missing.args[0]}"))
+                continue
+            found = self.store.find(spec)
+            if found:
+                self.known[name] = Input(found.path, found.digest)
+                plans.append(Plan(name, "reuse", report.headline(name, found.facts), spec.key))
+            else:
+                begun = self.store.partial(spec).is_dir()
+                plans.append(Plan(name, "run", "resumes what was begun" if begun else "not in the store", spec.key))
+        return plans
+
+    def repeat_command(self, name: str) -> str:
+        """The command that repeats one step of this run."""
+        return f"prefloop step {name} {self.tags.get('prefloop.command', '') or _short(self.folder / 'recipe.yaml')} --force"
+
+    # -- small things --------------------------------------------------------------------------------------------
+
+    def _datasets(self, tables: tuple[str, ...] | list[str]) -> list[dict[str, Any]]:
+        assert self.data is not None
+        return [
+            {
+                "name": f"{self.data.name}/{table}",
+                "md5": self.data.tables[table].digest,
+                "path": f"data/{self.data.name}/{table}.parquet",
+                "revision": self.data.revision,
+                "rows": self.data.counts.get(table, 0),
+                "context": table,
+            }
+            for table in tables
+        ]
+
+    def _say(self, name: str, how: str, seconds: float, line: str) -> None:
+        self.console.print(f"{name:<9} [dim]{how:<8}[/] {seconds:6.1f} s  {line}", highlight=False, soft_wrap=True)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted names, for MLflow's parameters."""
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        dotted = f"{prefix}{re.sub(r'[^A-Za-z0-9_ ./-]', '_', str(name))}"
+        values |= flat(value, f"{dotted}.") if isinstance(value, Mapping) else {dotted: value}
+    return values
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,108 @@
+"""Loading models: a frozen base, and adapters over it. Never pickles, never code from a model's repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from steps.base import base_id
+from steps.errors import ModelError
+
+if TYPE_CHECKING:
+    from steps.config import Lora
+
+ADAPTER = "adapter"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of frozen weights. `auto` is bfloat16 where the processor computes in it, float32 elsewhere."""
+    if name != "auto":
+        return getattr(torch, name)
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a padding token."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(base: Path, dtype: str, adapter: Path | None = None, *, trainable: bool = False) -> PreTrainedModel:
+    """A causal language model, with an adapter over it where one is given.
+
+    Raises:
+        ModelError: the weights cannot be read.
+    """
+    model = _load(AutoModelForCausalLM, base, dtype)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    return model
+
+
+def load_reward_model(base: Path, dtype: str, adapter: Path | None = None) -> PreTrainedModel:
+    """A model with one number per sequence for a head; a fresh head when no adapter is given."""
+    model = _load(AutoModelForSequenceClassification, base, dtype, num_labels=1)
+    model.config.get_text_config().pad_token_id = load_tokenizer(base).pad_token_id
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    return model
+
+
+def _load(kind: Any, base: Path, dtype: str, **options: Any) -> PreTrainedModel:
+    try:
+        return kind.from_pretrained(base, dtype=torch_dtype(dtype), use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            "the base model cannot be loaded",
+            where=str(base),
+            have=str(error).strip().splitlines()[0],
+            then="remove that folder and run again, or set model.base to another model",
+        ) from error
+
+
+def lora_config(lora: Lora, base: Path, task: str) -> LoraConfig:
+    """Adapters for the layers a recipe names.
+
+    Args:
+        task: `CAUSAL_LM`, or `SEQ_CLS` for a model whose head is trained and kept with the adapter.
+
+    Raises:
+        ModelError: more layers than the model has.
+    """
+    layers = AutoConfig.from_pretrained(base).get_text_config().num_hidden_layers
+    top = lora.top_layers
+    if top is not None and top > layers:
+        raise ModelError(f"the model has {layers} layers", where="model.lora.top_layers", have=str(top))
+    return LoraConfig(
+        task_type=task,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+        layers_to_transform=list(range(layers - top, layers)) if top else None,
+        base_model_name_or_path=base_id(base),
+    )
+
+
+def save_adapter(model: PeftModel, base: Path, out: Path) -> Path:
+    """Write the trained adapter into `out/adapter`: weights and configuration, no path of this machine."""
+    folder = out / ADAPTER
+    model.peft_config["default"].base_model_name_or_path = base_id(base)
+    model.save_pretrained(folder, selected_adapters=["default"])
+    (folder / "README.md").unlink(missing_ok=True)
+    return folder

@@ -1,0 +1,98 @@
+"""The pipeline as a table: each step's function, what it takes of the recipe, and what it reads.
+
+The one place that says which step depends on what. The flow, `--dry-run` and `prefloop step` all read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from steps.config import Recipe
+from steps.run import Input, StepSpec
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row of the pipeline.
+
+    Attributes:
+        function: `module:function`.
+        config: argument name → dotted path in the recipe.
+        inputs: argument name → an earlier step, or `data/TABLE`, or `source` (the base model's files).
+        optional: inputs that may be absent.
+    """
+
+    function: str
+    config: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
+
+
+_ADAPTED = {"lora": "model.lora", "dtype": "model.dtype"}
+
+STEPS: dict[str, Step] = {
+    "base": Step("steps.base:prepare_base", {"name": "model.base"}, {"source": "source"}),
+    "sft": Step(
+        "steps.sft:train_sft", {"sft": "sft", **_ADAPTED}, {"base": "base", "demonstrations": "data/demonstrations"}
+    ),
+    "reward": Step(
+        "steps.reward:train_reward", {"reward": "reward", **_ADAPTED}, {"base": "base", "preferences": "data/preferences"}
+    ),
+    "policy": Step(
+        "steps.policy:tune_policy",
+        {"policy": "policy", "dtype": "model.dtype"},
+        {"base": "base", "sft": "sft", "preferences": "data/preferences"},
+    ),
+    "evaluate": Step(
+        "steps.evaluate:evaluate_policy",
+        {"evaluate": "evaluate", "dtype": "model.dtype"},
+        {
+            "base": "base",
+            "sft": "sft",
+            "reward": "reward",
+            "policy": "policy",
+            "prompts": "data/prompts",
+            "preferences": "data/preferences",
+            "gold": "data/gold",
+            "champion": "champion",
+        },
+        optional=frozenset({"champion"}),
+    ),
+    "gate": Step("steps.gate:judge_evaluation", {"gate": "gate"}, {"evaluate": "evaluate"}),
+}
+
+TABLES = ("demonstrations", "preferences", "prompts", "gold")
+
+
+def tables_of(step: str) -> list[str]:
+    """The data tables a step reads."""
+    return [given.removeprefix("data/") for given in STEPS[step].inputs.values() if given.startswith("data/")]
+
+
+def spec(name: str, recipe: Recipe, known: Mapping[str, Input]) -> StepSpec:
+    """The spec of a step, from what is known of its inputs.
+
+    Args:
+        known: earlier steps' artifacts, `data/TABLE`, `source`, `champion`.
+
+    Raises:
+        KeyError: an input that is not known yet, by its name.
+    """
+    step = STEPS[name]
+    wanted = {argument: given for argument, given in step.inputs.items() if given in known or given not in step.optional}
+    return StepSpec(
+        step=name,
+        function=step.function,
+        config={argument: _at(recipe, path) for argument, path in step.config.items()},
+        inputs={argument: known[given] for argument, given in wanted.items()},
+        seed=recipe.seed,
+    )
+
+
+def _at(recipe: Recipe, path: str) -> Any:
+    value: Any = recipe.model_dump(mode="json")
+    for name in path.split("."):
+        value = value[name]
+    return value

@@ -1,0 +1,58 @@
+"""Policy tuning: from the SFT start to a model whose answers people prefer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import set_seed
+from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
+
+from steps.artifact import Facts
+from steps.config import DPO
+from steps.lm_head import labelled_lm_head
+from steps.models import ADAPTER, load_policy, load_tokenizer, save_adapter
+from steps.pairs import training_and_held_out
+from steps.tracking import Tracker
+from steps.training import LengthGrouped, arguments, held_out_metrics, run_trainer
+
+
+class LengthGroupedDPOTrainer(LengthGrouped, DPOTrainer):
+    """TRL's DPOTrainer on length-grouped batches."""
+
+
+def tune_policy(
+    policy: DPO, dtype: str, *, base: Path, sft: Path, preferences: Path, seed: int, out: Path, tracker: Tracker
+) -> Facts:
+    """Direct preference optimisation (arXiv:2305.18290, eq. 7) of the SFT adapter, against a frozen copy of it.
+
+    The reference's log-probabilities are computed once, before the first update.
+
+    Args:
+        sft: the SFT step's artifact; policy and reference both start there.
+        preferences: table of prompt, chosen, rejected, margin, part.
+    """
+    train, held_out, batch = training_and_held_out(preferences, policy)
+    tracker.progress("reference", 0, 1)
+    set_seed(seed)
+    settings = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": batch, **policy.trainer}
+    with labelled_lm_head(dpo_trainer):
+        trainer = LengthGroupedDPOTrainer(
+            load_policy(base, dtype, sft / ADAPTER, trainable=True),
+            args=arguments(DPOConfig, settings, seed=seed, out=out, per_device_eval_batch_size=batch),
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=load_tokenizer(base),
+        )
+    run_trainer(trainer, tracker)
+    measured = held_out_metrics(trainer, tracker)
+    save_adapter(trainer.model, base, out)
+    return {
+        "method": policy.method,
+        "pairs": len(train),
+        "held_out": len(held_out),
+        "steps": trainer.state.global_step,
+        "accuracy": measured["eval_rewards/accuracies"],
+        "likelihood_displaced": measured["eval_rewards/chosen"] < 0,
+        **measured,
+    }

@@ -1,0 +1,148 @@
+"""What a run came to, in words: one text for the terminal, MLflow, Prefect and the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from steps.run import Outcome
+
+EXAMPLES = 3
+
+
+def headline(name: str, facts: Mapping[str, Any]) -> str:
+    """The few numbers of a step that matter, in one short line."""
+    if name == "data":
+        return (
+            f"{facts['read']:,} rows, {facts['quarantined']} in quarantine; {facts['demonstrations']:,} demonstrations, "
+            f"{facts['preferences']:,} pairs, {facts['gold']:,} gold"
+        )
+    if name == "base":
+        return f"{facts['base']}, {facts['bytes'] / 2**20:.0f} MiB"
+    if name == "sft":
+        return f"loss {facts['loss']:.2f} on {facts['rows']} demonstrations"
+    if name == "reward":
+        return (
+            f"orders {facts['accuracy']:.3f} of {facts['held_out']} held-out pairs right "
+            f"[{facts['accuracy_low']:.2f}, {facts['accuracy_high']:.2f}]"
+        )
+    if name == "policy":
+        return (
+            f"{facts['method']}: accuracy {facts['accuracy']:.3f}, "
+            f"rewards {facts['eval_rewards/chosen']:+.2f} / {facts['eval_rewards/rejected']:+.2f}"
+        )
+    if name == "evaluate":
+        return (
+            f"win rate {facts['win_rate']:.3f} [{facts['win_rate_low']:.2f}, {facts['win_rate_high']:.2f}], "
+            f"length × {facts['length_ratio']:.2f}"
+        )
+    if name == "gate":
+        return "promote" if facts["promote"] else "keep back"
+    return ""
+
+
+def step_rows(outcomes: Mapping[str, Outcome], data: Mapping[str, int], seconds: float) -> list[tuple[str, str, str, str]]:
+    """(step, reused or run, seconds, headline) of every step, the data stages first."""
+    rows = [("data", "checked", f"{seconds:.1f}", headline("data", data))]
+    for name, outcome in outcomes.items():
+        how = "reused" if outcome.reused else "resumed" if outcome.resumed else "run"
+        rows.append((name, how, f"{outcome.seconds:.1f}", headline(name, outcome.artifact.facts)))
+    return rows
+
+
+def findings(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a reader should know beyond the numbers, in sentences."""
+    measured, policy = facts["evaluate"], facts["policy"]
+    said = [
+        f"On {measured['prompts']} held-out prompts the gold judge prefers the tuned policy to its SFT start in "
+        f"{measured['win_rate']:.1%} (95 % interval {measured['win_rate_low']:.1%} to {measured['win_rate_high']:.1%}; "
+        f"{measured['win_rate_wins']} wins, {measured['win_rate_ties']} ties, {measured['win_rate_losses']} losses). "
+        f"The reward model prefers it in {measured['win_rate_by_reward']:.1%}.",
+        f"The judge was fitted on ratings no other step saw; it orders {measured['judge_accuracy']:.1%} of held-out "
+        f"human pairs as people did.",
+        f"Answers have {measured['policy_tokens']:.1f} tokens on average, the start's {measured['start_tokens']:.1f} "
+        f"(× {measured['length_ratio']:.2f}).",
+    ]
+    if not 0.8 <= measured["length_ratio"] <= 1.2:
+        said.append("Length moved by more than 20 %: part of the win may be length.")
+    if measured["policy_distinct_2"] < 0.7 * measured["start_distinct_2"]:
+        said.append(
+            f"Answers repeat themselves: distinct-2 fell from {measured['start_distinct_2']:.2f} to "
+            f"{measured['policy_distinct_2']:.2f}."
+        )
+    if policy.get("likelihood_displaced"):
+        said.append(
+            f"Displaced likelihood: the chosen answers became less likely than under the reference (rewards/chosen "
+            f"{policy['eval_rewards/chosen']:+.2f}), the rejected ones more so ({policy['eval_rewards/rejected']:+.2f}). "
+            f"The policy learnt what to avoid rather than what to imitate; a known failure of DPO. A larger beta, or "
+            f"loss_type [sigmoid, sft], holds the chosen answers up."
+        )
+    return said
+
+
+def examples(completions: Path, count: int = EXAMPLES) -> list[dict[str, str]]:
+    """The first prompts with the answers before and after; not picked."""
+    import pandas as pd
+
+    return pd.read_parquet(completions, columns=["prompt", "start", "policy"]).head(count).to_dict("records")
+
+
+def print_report(
+    console: Console,
+    rows: Sequence[tuple[str, str, str, str]],
+    said: Sequence[str],
+    shown: Sequence[Mapping[str, str]],
+    verdict: Mapping[str, Any],
+    model: str,
+    hints: Sequence[tuple[str, str]],
+) -> None:
+    """The end of a run in a terminal of 100 columns, or a log file."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title, options in (("step", {}), ("", {}), ("seconds", {"justify": "right"}), ("came to", {"overflow": "fold"})):
+        table.add_column(title, **options)
+    for step, how, seconds, line in rows:
+        table.add_row(step, f"[dim]{how}[/]" if how == "reused" else how, seconds, escape(line))
+    console.print()
+    console.print(table)
+    console.print()
+    for sentence in said:
+        console.print(f"• {escape(sentence)}")
+    console.print()
+    for example in shown:
+        console.print(f"[dim]prompt[/]  {escape(example['prompt'].strip())}")
+        console.print(f"[dim]before[/]  {escape(example['start'])}")
+        console.print(f"[dim]after [/]  {escape(example['policy'])}\n")
+    style = "green" if verdict["promote"] else "yellow"
+    console.print(f"[{style}]{'promoted' if verdict['promote'] else 'kept back'}[/]  {escape(model)}")
+    for reason in verdict["reasons"]:
+        console.print(f"  {escape(reason)}")
+    console.print()
+    for label, command in hints:
+        console.print(f"[dim]{label:<18}[/] {escape(command)}", soft_wrap=True)
+
+
+def markdown(
+    title: str,
+    rows: Sequence[tuple[str, str, str, str]],
+    said: Sequence[str],
+    shown: Sequence[Mapping[str, str]],
+    verdict: Mapping[str, Any],
+    model: str,
+) -> str:
+    """The same as Markdown; model output is fenced, so that nothing in it is taken for markup."""
+    lines = [f"# {title}", "", "| step | | seconds | came to |", "| --- | --- | ---: | --- |"]
+    lines += [f"| {step} | {how} | {seconds} | {line} |" for step, how, seconds, line in rows]
+    lines += ["", *(f"- {sentence}" for sentence in said), "", "## Answers before and after", ""]
+    for example in shown:
+        block = [f"prompt: {example['prompt'].strip()}", f"before: {example['start']}", f"after:  {example['policy']}"]
+        text = "\n".join(block).replace("```", "'''")
+        lines += ["```text", text, "```", ""]
+    lines += [f"## {'Promoted' if verdict['promote'] else 'Kept back'}: {model}", ""]
+    lines += [f"- {reason}" for reason in verdict["reasons"]]
+    return "\n".join(lines) + "\n"

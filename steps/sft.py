@@ -1,0 +1,46 @@
+"""Supervised fine-tuning: the start every policy is measured against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from datasets import Dataset
+from transformers import set_seed
+from trl import SFTConfig, SFTTrainer
+from trl.trainer import sft_trainer
+
+from steps.artifact import Facts
+from steps.config import SFT, Lora
+from steps.lm_head import labelled_lm_head
+from steps.models import load_policy, load_tokenizer, lora_config, save_adapter
+from steps.tracking import Tracker
+from steps.training import LengthGrouped, arguments, run_trainer
+
+
+class LengthGroupedSFTTrainer(LengthGrouped, SFTTrainer):
+    """TRL's SFTTrainer on length-grouped batches."""
+
+
+def train_sft(
+    sft: SFT, lora: Lora, dtype: str, *, base: Path, demonstrations: Path, seed: int, out: Path, tracker: Tracker
+) -> Facts:
+    """Fit adapters to demonstrations by maximum likelihood of their completions.
+
+    Args:
+        demonstrations: table of prompt, completion.
+    """
+    rows = pd.read_parquet(demonstrations)[["prompt", "completion"]].head(sft.rows)
+    set_seed(seed)
+    with labelled_lm_head(sft_trainer):
+        trainer = LengthGroupedSFTTrainer(
+            load_policy(base, dtype),
+            args=arguments(SFTConfig, sft.trainer, seed=seed, out=out),
+            train_dataset=Dataset.from_pandas(rows, preserve_index=False),
+            processing_class=load_tokenizer(base),
+            peft_config=lora_config(lora, base, "CAUSAL_LM"),
+        )
+    run_trainer(trainer, tracker)
+    save_adapter(trainer.model, base, out)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"rows": len(rows), "steps": trainer.state.global_step, "loss": losses[-1]}

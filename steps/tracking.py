@@ -1,0 +1,321 @@
+"""Tracking: written to disk first, forwarded to MLflow from there. The only module, with the registry, that knows MLflow.
+
+A run's journal is a file of JSON lines: start, params, metrics, tags, inputs, artifacts, end. Whoever works appends
+to it and never waits. `forward` sends what has not been sent yet; a tracking server that is down costs a journal
+that is sent later, not a metric and not a second of training. `tracking.json` beside the journal remembers the
+MLflow run and how far it was sent, for each tracking server by its address.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from filelock import FileLock
+
+from steps.errors import EnvironmentProblem
+from steps.paths import Var
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+JOURNAL = "journal.jsonl"
+SENT = "tracking.json"
+BATCH = 1000  # MLflow's limit of metrics in one call
+
+
+class Tracker(Protocol):
+    """What a step may say while it works."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def progress(self, phase: str, done: int, total: int, values: Mapping[str, float] | None = None) -> None: ...
+
+
+class NullTracker:
+    """Says nothing to anybody."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        pass
+
+    def progress(self, phase: str, done: int, total: int, values: Mapping[str, float] | None = None) -> None:
+        pass
+
+
+def append(folder: Path, op: str, **fields: Any) -> None:
+    """Add one line to the journal in `folder`; a single write, so that lines of two processes never mix."""
+    line = json.dumps({"op": op, "time": int(time.time() * 1000), **fields}) + "\n"
+    descriptor = os.open(folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line.encode("utf-8"))
+    finally:
+        os.close(descriptor)
+
+
+def entries(folder: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Whole journal lines from byte `start` on, each with the byte offset behind it."""
+    try:
+        stream = (folder / JOURNAL).open("rb")
+    except FileNotFoundError:
+        return
+    with stream:
+        stream.seek(start)
+        for line in stream:
+            if not line.endswith(b"\n"):
+                return
+            start += len(line)
+            try:
+                yield start, json.loads(line)
+            except ValueError:  # the writer was killed inside this line
+                continue
+
+
+class Spool:
+    """The tracker of a working step: its journal and a small file that says how far it is.
+
+    A resumed step repeats training steps it has already reported. Training is bit-identical on resume, so the first
+    report stands and a repeated one is dropped.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.reported = {
+            (entry["step"], name)
+            for _, entry in entries(folder)
+            if entry["op"] == "metrics"
+            for name in entry["values"]
+        }
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        fresh = {name: float(value) for name, value in values.items() if (step, name) not in self.reported}
+        if fresh:
+            self.reported |= {(step, name) for name in fresh}
+            append(self.folder, "metrics", step=step, values=fresh)
+
+    def progress(self, phase: str, done: int, total: int, values: Mapping[str, float] | None = None) -> None:
+        temporary = self.folder / "progress.json.tmp"
+        temporary.write_text(
+            json.dumps({"phase": phase, "done": done, "total": total, "values": dict(values or {})}), encoding="utf-8"
+        )
+        temporary.rename(self.folder / "progress.json")
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every metric of a journal as (step, value) points in step order."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for _, entry in entries(folder):
+        if entry["op"] == "metrics":
+            for name, value in entry["values"].items():
+                found.setdefault(name, []).append((entry["step"], value))
+    return {name: sorted(points) for name, points in found.items()}
+
+
+# -- MLflow ------------------------------------------------------------------------------------------------------
+
+
+def tracking_uri(var: Var) -> str:
+    """`$MLFLOW_TRACKING_URI`, or the project's own sqlite file."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{var.path / 'mlflow.db'}"
+
+
+def quiet_environment() -> None:
+    """Settings MLflow reads on import: no telemetry, and seconds rather than minutes for a dead server."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+
+
+class Forwarder:
+    """Sends journals to one MLflow server.
+
+    After a failure it leaves the server alone for `pause` seconds: nothing waits for a dead one.
+    """
+
+    def __init__(self, uri: str, artifacts: Path, pause: float = 30.0) -> None:
+        self.uri, self.artifacts, self.pause = uri, artifacts, pause
+        self.problem = ""
+        self._client: MlflowClient | None = None
+        self._not_before = 0.0
+
+    @property
+    def client(self) -> MlflowClient:
+        if self._client is None:
+            quiet_environment()
+            if self.uri.startswith("sqlite:///"):
+                _create_database(self.uri)
+            from mlflow import MlflowClient
+
+            self._client = MlflowClient(self.uri, registry_uri=self.uri)
+        return self._client
+
+    def experiment(self, name: str) -> str:
+        """The id of an experiment, made when it is not there. A local one keeps its artifacts under `artifacts`."""
+        found = self.client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        location = (self.artifacts / name).as_uri() if self.uri.startswith("sqlite:///") else None
+        return str(self.client.create_experiment(name, artifact_location=location))
+
+    def forward(self, folder: Path) -> bool:
+        """Send what the journal in `folder` holds and the server has not got. True when nothing is left to send."""
+        if time.monotonic() < self._not_before:
+            return False
+        try:
+            with FileLock(folder / f"{SENT}.lock"):
+                self._forward(folder)
+        except Exception as error:  # whatever the server or the way to it does, the work goes on
+            self.problem = f"{type(error).__name__}: {error}"
+            self._not_before = time.monotonic() + self.pause
+            return False
+        self.problem = ""
+        return True
+
+    def _forward(self, folder: Path) -> None:
+        sent = _read_sent(folder, self.uri)
+        for offset, batch in _batches(entries(folder, sent["offset"])):
+            self._send(folder, sent, batch)
+            sent["offset"] = offset
+            _write_sent(folder, self.uri, sent)
+
+    def _send(self, folder: Path, sent: dict[str, Any], batch: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        entry = batch[0]
+        run_id = sent.get("run_id")
+        if entry["op"] == "start":
+            parent = _read_sent(Path(entry["parent"]), self.uri).get("run_id") if entry.get("parent") else None
+            tags = {**entry["tags"], **({"mlflow.parentRunId": parent} if parent else {})}
+            if run_id is None:
+                experiment = self.experiment(entry["experiment"])
+                run = self.client.create_run(experiment, start_time=entry["time"], tags=tags, run_name=entry["name"])
+                sent["run_id"] = run.info.run_id
+            else:  # the step was interrupted: its run goes on, under the flow run that resumed it
+                self.client.update_run(run_id, status="RUNNING")
+                self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+        elif run_id is None:
+            raise EnvironmentProblem("a journal does not begin with its start", where=str(folder))
+        elif entry["op"] == "metrics":
+            points = [
+                Metric(name, value, one["time"], one["step"]) for one in batch for name, value in one["values"].items()
+            ]
+            for first in range(0, len(points), BATCH):
+                self.client.log_batch(run_id, metrics=points[first : first + BATCH])
+        elif entry["op"] == "params":
+            params = [Param(name, str(value)) for name, value in entry["values"].items()]
+            for first in range(0, len(params), 100):
+                self.client.log_batch(run_id, params=params[first : first + 100])
+        elif entry["op"] == "tags":
+            self.client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in entry["values"].items()])
+        elif entry["op"] == "inputs":
+            self._log_inputs(run_id, entry["datasets"])
+        elif entry["op"] == "artifact":
+            self._log_artifact(run_id, folder / entry["path"], entry.get("under"))
+        elif entry["op"] == "end":
+            self.client.set_terminated(run_id, entry["status"], entry["time"])
+
+    def _log_artifact(self, run_id: str, path: Path, under: str | None) -> None:
+        if path.is_dir():
+            self.client.log_artifacts(run_id, str(path), under)
+        elif path.exists():
+            self.client.log_artifact(run_id, str(path), under)
+
+    def _log_inputs(self, run_id: str, datasets: Iterable[Mapping[str, Any]]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    name=data["name"],
+                    digest=data["md5"],
+                    source_type="dvc",
+                    source=json.dumps({k: data[k] for k in ("path", "md5", "revision")}),
+                    profile=json.dumps({"rows": data["rows"]}),
+                ),
+                [InputTag("mlflow.data.context", data["context"])],
+            )
+            for data in datasets
+        ]
+        self.client.log_inputs(run_id, inputs)
+
+    def run_id(self, folder: Path) -> str | None:
+        """The MLflow run a journal was sent to, or None while it has none."""
+        return _read_sent(folder, self.uri).get("run_id")
+
+    def waiting(self, folder: Path) -> bool:
+        """Whether the journal in `folder` holds lines this server has not got."""
+        journal = folder / JOURNAL
+        return journal.is_file() and journal.stat().st_size > _read_sent(folder, self.uri)["offset"]
+
+    def forget(self, folder: Path) -> None:
+        """Send a journal again from its beginning: the server does not have its run any more."""
+        _write_sent(folder, self.uri, {"offset": 0})
+
+    def knows(self, run_id: str) -> bool:
+        """Whether the server has this run."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_run(run_id).info.lifecycle_stage == "active"
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+
+
+def _batches(lines: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Neighbouring metric lines together, everything else alone, each batch with the offset behind it."""
+    batch: list[dict[str, Any]] = []
+    behind = 0
+    for offset, entry in lines:
+        if batch and (entry["op"] != "metrics" or len(batch) >= BATCH):
+            yield behind, batch
+            batch = []
+        if entry["op"] == "metrics":
+            batch.append(entry)
+        else:
+            yield offset, [entry]
+        behind = offset
+    if batch:
+        yield behind, batch
+
+
+def _read_sent(folder: Path, uri: str) -> dict[str, Any]:
+    try:
+        return json.loads((folder / SENT).read_text(encoding="utf-8")).get(uri, {"offset": 0})
+    except (OSError, ValueError):
+        return {"offset": 0}
+
+
+def _write_sent(folder: Path, uri: str, sent: Mapping[str, Any]) -> None:
+    try:
+        everything = json.loads((folder / SENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        everything = {}
+    temporary = folder / f"{SENT}.tmp"
+    temporary.write_text(json.dumps({**everything, uri: sent}), encoding="utf-8")
+    temporary.rename(folder / SENT)
+
+
+def _create_database(uri: str) -> None:
+    """Create MLflow's tables once, before anybody writes: several writers creating them at once break the file."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if path.exists():
+            return
+        from mlflow.store.db.utils import _initialize_tables
+        from sqlalchemy import create_engine
+
+        draft = path.with_suffix(".new")
+        draft.unlink(missing_ok=True)
+        engine = create_engine(f"sqlite:///{draft}")
+        _initialize_tables(engine)
+        engine.dispose()
+        draft.rename(path)

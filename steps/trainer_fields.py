@@ -1,0 +1,69 @@
+"""The field names of TRL's trainer configurations, read from source so that nothing heavy is imported."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+from pathlib import Path
+
+CONFIGS = {
+    "sft": ("trl/trainer/sft_config.py", "SFTConfig"),
+    "reward": ("trl/trainer/reward_config.py", "RewardConfig"),
+    "dpo": ("trl/trainer/dpo_config.py", "DPOConfig"),
+}
+# Where the classes those inherit from are defined.
+PARENTS = {
+    "_BaseConfig": "trl/trainer/base_config.py",
+    "TrainingArguments": "transformers/training_args.py",
+}
+# What the pipeline decides itself; a recipe that sets one of these would be overruled in silence.
+OWNED = {
+    "output_dir": "a step writes into its own artifact",
+    "seed": "set the recipe's `seed`",
+    "data_seed": "set the recipe's `seed`",
+    "report_to": "metrics go to MLflow through the tracker",
+    "run_name": "runs are named after the step",
+    "resume_from_checkpoint": "a step always resumes from its newest whole checkpoint",
+    "trust_remote_code": "code that comes with a model is never run",
+    "model_init_kwargs": "set `model` in the recipe",
+    "push_to_hub": "models go to the MLflow registry",
+    "hub_token": "models go to the MLflow registry",
+    "hub_model_id": "models go to the MLflow registry",
+    "save_total_limit": "the two newest checkpoints are kept, and none once the step is done",
+    "disable_tqdm": "progress is drawn by prefloop",
+}
+
+
+def _source(relative: str) -> Path:
+    package, _, rest = relative.partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(package)
+    return Path(spec.submodule_search_locations[0]) / rest
+
+
+@functools.cache
+def fields_of(kind: str) -> frozenset[str]:
+    """The dataclass fields of a trainer configuration, its parents' included.
+
+    Args:
+        kind: a key of `CONFIGS`.
+    """
+    relative, name = CONFIGS[kind]
+    found: set[str] = set()
+    pending = [(relative, name)]
+    while pending:
+        relative, name = pending.pop()
+        tree = ast.parse(_source(relative).read_text(encoding="utf-8"))
+        for node in tree.body:
+            if not isinstance(node, ast.ClassDef) or node.name != name:
+                continue
+            found |= {
+                item.target.id
+                for item in node.body
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+            }
+            parents = [base.id for base in node.bases if isinstance(base, ast.Name)]
+            pending += [(PARENTS[parent], parent) for parent in parents if parent in PARENTS]
+    return frozenset(field for field in found if not field.startswith("_"))

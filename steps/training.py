@@ -1,0 +1,209 @@
+"""What every trained step shares: arguments, progress, length-grouped batches, and resuming from whole checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from steps.errors import Interrupted, StepFailed
+from steps.launch import stop_requested
+from steps.tracking import Tracker
+
+Arguments = TypeVar("Arguments")
+
+CHECKPOINTS = "checkpoints"
+# TRL's defaults are made for a GPU: autocast over float32 weights, and recomputed activations.
+DEFAULTS: dict[str, Any] = {
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "logging_steps": 5,
+    "save_steps": 20,
+    "lr_scheduler_type": "linear",
+}
+# One file each that a checkpoint cannot be resumed without; trainer_state.json is written last of all.
+CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors")
+# TRL's RewardTrainer names these its own way; one chart should hold every trainer.
+NAMES = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+SILENT = ("runtime", "per_second", "total_flos", "num_tokens", "train_loss", "epoch")
+
+
+def arguments(kind: type[Arguments], trainer: Mapping[str, Any], *, seed: int, out: Path, **fixed: Any) -> Arguments:
+    """A TRL configuration: ours over TRL's defaults, the recipe's over ours, and what the pipeline decides on top.
+
+    Raises:
+        StepFailed: TRL refuses a value.
+    """
+    ours = {**DEFAULTS, **trainer}
+    owned = {
+        "output_dir": str(out / CHECKPOINTS),
+        "seed": seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_total_limit": 2,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    try:
+        return kind(**{**ours, **owned, **fixed})
+    except (TypeError, ValueError) as error:
+        raise StepFailed(
+            "TRL refuses the trainer's settings",
+            where=f"{kind.__name__} (the recipe's `trainer:`)",
+            have=str(error).strip().splitlines()[0],
+            then="mend the recipe, then run again",
+        ) from error
+
+
+def even_batches(rows: int, at_most: int = 32) -> tuple[int, int]:
+    """(rows to use, batch size) so that all batches are full: then a mean of batch means is the mean."""
+    batch = min(rows, at_most)
+    return rows // batch * batch, batch
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Batches of rows of like length, in an order drawn from (seed, epoch) alone, so that a resumed run repeats it.
+
+    Args:
+        lengths: (n,) tokens per row.
+        batch: rows per optimizer step and process.
+        pool: batches' worth of rows that are shuffled together before they are sorted by length.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int, pool: int = 16) -> None:
+        self.lengths, self.batch, self.seed, self.pool = lengths, batch, seed, pool
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=draw).tolist()
+        size = self.batch * self.pool
+        pools = [sorted(order[i : i + size], key=self.lengths.__getitem__) for i in range(0, len(order), size)]
+        batches = [rows[i : i + self.batch] for rows in pools for i in range(0, len(rows), self.batch)]
+        whole = [rows for rows in batches if len(rows) == self.batch]
+        rest = [rows for rows in batches if len(rows) < self.batch]
+        for place in torch.randperm(len(whole), generator=draw).tolist():
+            yield from whole[place]
+        for rows in rest:
+            yield from rows
+
+
+class LengthGrouped(Trainer):
+    """Mixed into a TRL trainer: little padding, and the same batches after a resume."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(row_lengths(rows), batch, self.args.seed)
+
+
+def row_lengths(rows: Any) -> list[int]:
+    """Tokens of each row of a tokenised dataset; for a pair, of its longer side."""
+    if "chosen_ids" in rows.column_names:
+        prompts = map(len, rows["prompt_ids"]) if "prompt_ids" in rows.column_names else [0] * len(rows)
+        sides = zip(prompts, rows["chosen_ids"], rows["rejected_ids"], strict=True)
+        return [prompt + max(len(chosen), len(rejected)) for prompt, chosen, rejected in sides]
+    return [len(ids) for ids in rows["input_ids"]]
+
+
+class Reporter(TrainerCallback):
+    """Tells the tracker what the trainer logs, and stops the trainer at a checkpoint when the process is asked to."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+        self.shown: dict[str, float] = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.tracker.progress("training", state.global_step, state.max_steps, self.shown)
+        if stop_requested():
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        values = named(logs or {})
+        if values:
+            self.tracker.metrics(values, state.global_step)
+        self.shown |= {name: value for name, value in values.items() if not name.startswith("eval_")}
+
+
+def named(logs: Mapping[str, Any]) -> dict[str, float]:
+    """A trainer's log under the project's names, without its timings."""
+    values = {}
+    for name, value in logs.items():
+        if not isinstance(value, int | float) or any(part in name for part in SILENT):
+            continue
+        prefix, bare = ("eval_", name.removeprefix("eval_")) if name.startswith("eval_") else ("", name)
+        values[prefix + NAMES.get(bare, bare)] = float(value)
+    return values
+
+
+def newest_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that can be resumed; broken ones are removed, so that none is taken for whole."""
+    import shutil
+
+    while folder.is_dir() and (newest := get_last_checkpoint(str(folder))):
+        if is_whole(Path(newest)):
+            return newest
+        shutil.rmtree(newest)
+    return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint has everything a resumed run needs, readable."""
+    from safetensors import SafetensorError, safe_open
+
+    if any(not (checkpoint / name).is_file() for name in CHECKPOINT_FILES):
+        return False
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        with safe_open(checkpoint / "adapter_model.safetensors", "pt") as weights:
+            weights.keys()
+        torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    except (ValueError, OSError, RuntimeError, EOFError, SafetensorError):
+        return False
+    return True
+
+
+def run_trainer(trainer: Trainer, tracker: Tracker) -> None:
+    """Train to the end, from the newest whole checkpoint if there is one.
+
+    Raises:
+        Interrupted: the process was asked to stop; a checkpoint was written first.
+        StepFailed: the loss is not a number any more.
+    """
+    trainer.add_callback(Reporter(tracker))
+    checkpoint = newest_whole_checkpoint(Path(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    state = trainer.state
+    if stop_requested() and state.global_step < state.max_steps:
+        raise Interrupted(
+            "stopped on request",
+            have=f"a checkpoint at step {state.global_step} of {state.max_steps}",
+            then="run again: it goes on from there",
+        )
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    if losses and not math.isfinite(losses[-1]):
+        raise StepFailed(
+            "the loss is not a number",
+            have=f"{losses[-1]} at step {state.global_step}",
+            then="lower trainer.learning_rate, or set model.dtype=float32",
+        )
+
+
+def held_out_metrics(trainer: Trainer, tracker: Tracker) -> dict[str, float]:
+    """Evaluate on the held-out rows, report it, and return it under the project's names."""
+    tracker.progress("held-out", 0, 1)
+    values = named(trainer.evaluate())
+    tracker.progress("held-out", 1, 1, values)
+    return values
