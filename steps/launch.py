@@ -132,7 +132,8 @@ def obey_parent() -> None:
     signal.signal(signal.SIGTERM, lambda *_: _stop.set())
 
     def wait_for_end() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1024):  # not sys.stdin: its lock would be held when the interpreter ends
+            pass
         os._exit(1)
 
     threading.Thread(target=wait_for_end, daemon=True).start()

@@ -24,13 +24,13 @@ STATE = "ui.json"
 
 
 def prefect_environment(var: Var) -> dict[str, str]:
-    """Settings Prefect reads on import: its home inside the project, no telemetry, its own log lines to files only."""
+    """Settings Prefect reads on import: its home inside the project, no telemetry, its own log lines not on the terminal."""
     usual = {
         "PREFECT_HOME": str(var.folder("prefect")),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_CLI_COLORS": "false",
     }
     return {name: value for name, value in usual.items() if name not in os.environ}
