@@ -88,7 +88,9 @@ def step(
     root = project_root()
     _environment(Var(root))
     command = shlex.join([str(recipe), *(part for a in assignments or () for part in ("--set", a))])
-    experiment = Experiment(load(recipe, assignments or ()), root, Console(highlight=False), {"prefloop.command": command})
+    experiment = Experiment(
+        load(recipe, assignments or ()), root, Console(highlight=False), {"prefloop.command": command}
+    )
     experiment.prepare_data()
     for before in Recipe.STEPS[: Recipe.STEPS.index(name)]:
         if before in _needed(name):

@@ -26,7 +26,9 @@ def was_killed(task, task_run, state) -> bool:
     return isinstance(state.result(raise_on_failure=False), StepKilled)
 
 
-@task(name="data", tags=["dvc"], retries=1, retry_delay_seconds=5, task_run_name="{experiment.recipe.data.name}", **plain)
+@task(
+    name="data", tags=["dvc"], retries=1, retry_delay_seconds=5, task_run_name="{experiment.recipe.data.name}", **plain
+)
 def prepare_data(experiment: Experiment) -> None:
     """Ingest, validate and split, as far as DVC finds something changed."""
     experiment.prepare_data()

@@ -14,7 +14,19 @@ from steps.errors import PrefloopError
 MANIFEST = "manifest.json"
 # What a step leaves beside its result: records of how it went, with times in them.
 RECORDS = frozenset(
-    {MANIFEST, "spec.json", "journal.jsonl", "tracking.json", "progress.json", "log.txt", "chart.png", "error.json"}
+    {
+        MANIFEST,
+        "chart.png",
+        "error.json",
+        "facts.json",
+        "journal.jsonl",
+        "log.txt",
+        "progress.json",
+        "seconds.json",
+        "spec.json",
+        "tracking.json",
+        "tracking.json.lock",
+    }
 )
 
 Facts = dict[str, Any]
@@ -36,9 +48,7 @@ def payload(folder: Path) -> dict[str, Path]:
     """The files of a result by relative name, without the records that stand beside them."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     named = {path.relative_to(folder).as_posix(): path for path in files}
-    return {
-        name: path for name, path in named.items() if name not in RECORDS and not name.startswith("checkpoints/")
-    }
+    return {name: path for name, path in named.items() if name not in RECORDS and not name.startswith("checkpoints/")}
 
 
 @dataclass(frozen=True)

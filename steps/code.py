@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 
 # Modules that move results about but cannot change them.
@@ -17,23 +17,33 @@ PLUMBING = frozenset(
         "steps.code",
         "steps.config",
         "steps.errors",
+        "steps.doctor",
+        "steps.experiment",
         "steps.launch",
         "steps.paths",
+        "steps.pipeline",
         "steps.progress",
+        "steps.registry",
+        "steps.report",
         "steps.run",
         "steps.tracking",
         "steps.trainer_fields",
+        "steps.ui",
+        "steps.versions",
+        "steps.worker",
     }
 )
 # Libraries whose version decides what a model step computes.
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "scikit-learn")
 
 
-def _source_of(module: str) -> Path:
-    spec = util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(module)
-    return Path(spec.origin)
+_ROOT = Path(__file__).parents[1]
+
+
+def _source_of(module: str) -> Path | None:
+    """The file of a module of this package, found without importing anything; None where there is none."""
+    path = _ROOT.joinpath(*module.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:
@@ -52,7 +62,12 @@ def _imports(tree: ast.Module) -> set[str]:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return {name for name in found if name.split(".")[0] == "steps" and util.find_spec(name.split(".")[0])}
+    return {name for name in found if name.split(".")[0] == "steps"}
+
+
+def _parse(module: str) -> ast.Module | None:
+    path = _source_of(module)
+    return ast.parse(path.read_text(encoding="utf-8")) if path else None
 
 
 def modules_behind(module: str) -> list[str]:
@@ -63,12 +78,11 @@ def modules_behind(module: str) -> list[str]:
         name = pending.pop()
         if name in reached or name in PLUMBING:
             continue
-        try:
-            path = _source_of(name)
-        except ModuleNotFoundError:  # `from steps.x import y`, where y is no module
+        tree = _parse(name)
+        if tree is None:  # `from steps.x import y`, where y is no module
             continue
         reached.add(name)
-        pending += _imports(ast.parse(path.read_text(encoding="utf-8")))
+        pending += _imports(tree)
     return sorted(reached)
 
 
@@ -77,8 +91,9 @@ def code_digest(module: str) -> str:
     """sha256 over the code behind a step. Comments, docstrings and layout do not count."""
     digest = hashlib.sha256()
     for name in modules_behind(module):
-        tree = _without_docstrings(ast.parse(_source_of(name).read_text(encoding="utf-8")))
-        digest.update(f"{name}\n{ast.dump(tree)}\n".encode())
+        tree = _parse(name)
+        assert tree is not None
+        digest.update(f"{name}\n{ast.dump(_without_docstrings(tree))}\n".encode())
     return digest.hexdigest()
 
 

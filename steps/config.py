@@ -82,7 +82,10 @@ class Pairs(Section):
     """Which human comparisons a step learns from, and how many it is measured on."""
 
     pairs: int | None = Field(None, ge=1, description="Training pairs; all when not given.")
-    min_margin: float = Field(0.0, ge=0, description="Least difference of mean human ratings in a training pair.")
+    min_margin: float = Field(0.0, ge=0, description="Least margin of a training pair that has one.")
+    max_chars: int | None = Field(
+        None, ge=1, description="Longest answer in a training pair: short ones cost less to learn from."
+    )
     held_out: int = Field(400, ge=1, description="Held-out pairs, drawn without regard to their margin.")
 
 
@@ -105,7 +108,7 @@ class Evaluate(Section):
     prompts: int = Field(200, ge=2, description="Held-out prompts, one answer each from every model.")
     max_new_tokens: int = Field(48, ge=1)
     temperature: float = Field(1.0, gt=0)
-    batch_size: int = Field(100, ge=1)
+    batch_size: int = Field(200, ge=1, description="Prompts answered at once.")
     judge: Literal["gold"] = "gold"
     confidence: float = Field(0.95, gt=0.5, lt=1)
 

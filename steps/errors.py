@@ -60,7 +60,16 @@ class Interrupted(PrefloopError):
 
 _KINDS = {
     kind.__name__: kind
-    for kind in (PrefloopError, RecipeError, DataError, ModelError, EnvironmentProblem, StepFailed, StepKilled, Interrupted)
+    for kind in (
+        PrefloopError,
+        RecipeError,
+        DataError,
+        ModelError,
+        EnvironmentProblem,
+        StepFailed,
+        StepKilled,
+        Interrupted,
+    )
 }
 
 

@@ -16,53 +16,11 @@ from steps.config import Evaluate
 from steps.errors import DataError
 from steps.judges import GoldJudge
 from steps.models import ADAPTER, load_policy, load_reward_model, load_tokenizer
+from steps.sampling import sample
 from steps.statistics import distinct, wilson, win_rate
 from steps.tracking import Tracker
 
 COMPLETIONS = "completions.parquet"
-
-
-@torch.no_grad()
-def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    config: Evaluate,
-    seed: int,
-    tracker: Tracker,
-    label: str,
-) -> tuple[list[str], np.ndarray]:
-    """One answer to each prompt, drawn at the configured temperature.
-
-    The random numbers depend on `seed` and the place of the prompt alone, so two models draw with the same ones.
-
-    Returns:
-        the answers, and (n,) their lengths in tokens.
-    """
-    model.eval()
-    answers: list[str] = []
-    lengths: list[int] = []
-    for first in range(0, len(prompts), config.batch_size):
-        tracker.progress(label, first, len(prompts))
-        batch = list(prompts[first : first + config.batch_size])
-        inputs = tokenizer(batch, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-        torch.manual_seed(seed + first)
-        generated = model.generate(
-            **inputs,
-            max_new_tokens=config.max_new_tokens,
-            do_sample=True,
-            temperature=config.temperature,
-            top_k=0,
-            top_p=1.0,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )[:, inputs["input_ids"].shape[1] :]
-        for tokens in generated.tolist():
-            end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
-            answers.append(tokenizer.decode(tokens[:end], skip_special_tokens=True).strip())
-            lengths.append(end)
-    tracker.progress(label, len(prompts), len(prompts))
-    return answers, np.array(lengths)
 
 
 @torch.no_grad()
@@ -149,6 +107,7 @@ def evaluate_policy(
         **{f"win_rate_{name}": value for name, value in asdict(verdict).items() if name != "rate"},
         "win_rate": verdict.rate,
         "win_rate_by_reward": by_reward.rate,
+        "confidence": evaluate.confidence,
         "judge": evaluate.judge,
         "judge_accuracy": judge_accuracy,
         "judge_accuracy_low": judge_low,

@@ -20,11 +20,11 @@ from steps import code, pipeline, registry, report, tracking, versions
 from steps.artifact import MANIFEST
 from steps.base import locate
 from steps.config import Recipe
-from steps.errors import PrefloopError
+from steps.errors import Interrupted, PrefloopError
 from steps.launch import launcher
 from steps.paths import Var, need_space
 from steps.progress import watch
-from steps.run import Input, Outcome, Store, StepSpec, run_step
+from steps.run import Input, Outcome, StepSpec, Store, run_step
 from steps.versions import DataVersion
 
 # The numbers that stand in the parent run's row, so that comparing pipelines is comparing rows.
@@ -121,9 +121,14 @@ class Experiment:
             self.data = versions.prepare(self.recipe.data.name, self.root)
         self.known |= {f"data/{name}": table for name, table in self.data.tables.items()}
         self.data_seconds = time.monotonic() - started
-        tags = {"data": self.data.name, "data_digest": self.data.digest, "data_revision": self.data.revision or "no git"}
+        tags = {
+            "data": self.data.name,
+            "data_digest": self.data.digest,
+            "data_revision": self.data.revision or "no git",
+        }
         tracking.append(self.folder, "tags", values=tags)
         tracking.append(self.folder, "inputs", datasets=self._datasets(pipeline.TABLES))
+        self._forward(self.folder)
         self._say("data", "checked", self.data_seconds, report.headline("data", self.data.counts))
         return self.data
 
@@ -137,9 +142,13 @@ class Experiment:
         Raises:
             PrefloopError: with the command that repeats just this step.
         """
-        if name == "evaluate":
-            self._find_champion()
-        spec = self.spec(name)
+        try:
+            if name == "evaluate":
+                self._find_champion()
+            spec = self.spec(name)
+        except PrefloopError:
+            self._end("FAILED")
+            raise
         work = launcher(self.recipe.launch)
 
         def start(partial: Path, resumed: bool) -> None:
@@ -159,19 +168,15 @@ class Experiment:
         try:
             outcome = run_step(spec, self.store, launch, start)
         except PrefloopError as error:
-            tracking.append(self.folder, "end", status="FAILED")
-            partial = self.store.partial(spec)
-            if partial.is_dir():
-                tracking.append(partial, "end", status="FAILED")
-                self._forward(partial)
-            self._forward(self.folder)
+            self._end("FAILED", self.store.partial(spec))
             error.then = error.then or f"`{self.repeat_command(name)}` repeats just this step"
             raise
-        except BaseException:
-            if self.store.partial(spec).is_dir():
-                tracking.append(self.store.partial(spec), "end", status="KILLED")
-            tracking.append(self.folder, "end", status="KILLED")
-            raise
+        except KeyboardInterrupt as stop:
+            self._end("KILLED", self.store.partial(spec))
+            raise Interrupted(
+                f"stopped in the {name} step; nothing is lost",
+                then="the same command again goes on at the newest checkpoint",
+            ) from stop
         self._note(name, outcome)
         return outcome
 
@@ -190,10 +195,19 @@ class Experiment:
         self._forward(self.folder)
         return outcome
 
+    def _end(self, status: str, partial: Path | None = None) -> None:
+        """Close this run's books, and those of the step it was in."""
+        for folder in (partial, self.folder):
+            if folder is not None and folder.is_dir():
+                tracking.append(folder, "end", status=status)
+                self._forward(folder)
+
     def _note(self, name: str, outcome: Outcome) -> None:
         artifact = outcome.artifact
         if not outcome.reused:
-            numbers = {k: v for k, v in artifact.facts.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+            numbers = {
+                k: v for k, v in artifact.facts.items() if isinstance(v, int | float) and not isinstance(v, bool)
+            }
             tracking.append(artifact.path, "metrics", step=0, values={**numbers, "seconds": artifact.seconds})
             for file in (MANIFEST, "chart.png"):
                 tracking.append(artifact.path, "artifact", path=file)
@@ -201,7 +215,11 @@ class Experiment:
         self.outcomes[name] = outcome
         self.known[name] = Input(artifact.path, artifact.digest)
         self._forward(artifact.path)
-        row = {PREFIX.get(name, "") + fact: artifact.facts[fact] for fact in HEADLINES.get(name, ()) if fact in artifact.facts}
+        row = {
+            PREFIX.get(name, "") + fact: artifact.facts[fact]
+            for fact in HEADLINES.get(name, ())
+            if fact in artifact.facts
+        }
         if row:
             tracking.append(self.folder, "metrics", step=0, values=row)
         run_id = self.forwarder.run_id(artifact.path) or "not sent yet"
@@ -236,7 +254,7 @@ class Experiment:
         model = self.folder / "model"
         shutil.copytree(policy.path / "adapter", model / "adapter", dirs_exist_ok=True)
         shutil.copyfile(self.folder / "recipe.yaml", model / "recipe.yaml")
-        text = self.markdown("not registered yet")
+        text = self.markdown(f"models:/{self.recipe.name}")
         (model / "README.md").write_text(text, encoding="utf-8")
         tracking.append(self.folder, "artifact", path="model", under="model")
         if not self._forward(self.folder):
@@ -278,7 +296,7 @@ class Experiment:
         run_picture(folders, facts, self.folder / "report.png")
         text = self.markdown(version.uri)
         (self.folder / "report.md").write_text(text, encoding="utf-8")
-        for file in sorted(self.folder.glob("*.png")) + [self.folder / "report.md"]:
+        for file in [*sorted(self.folder.glob("*.png")), self.folder / "report.md"]:
             tracking.append(self.folder, "artifact", path=file.name)
         tracking.append(self.folder, "tags", values={"model": version.uri, "promoted": facts["gate"]["promote"]})
         tracking.append(self.folder, "end", status="FINISHED")
@@ -358,7 +376,8 @@ class Experiment:
 
     def repeat_command(self, name: str) -> str:
         """The command that repeats one step of this run."""
-        return f"prefloop step {name} {self.tags.get('prefloop.command', '') or _short(self.folder / 'recipe.yaml')} --force"
+        recipe = self.tags.get("prefloop.command") or _short(self.folder / "recipe.yaml")
+        return f"prefloop step {name} {recipe} --force"
 
     # -- small things --------------------------------------------------------------------------------------------
 

@@ -197,10 +197,10 @@ def rated_sentences(files: Files, named: Mapping[str, str]) -> pd.DataFrame:
 
 
 def preferences(files: Files, named: Mapping[str, str]) -> pd.DataFrame:
-    """Pairs as JSON lines: `prompt`, `chosen`, `rejected`, and `margin` where there is one.
+    """Pairs as JSON lines: `prompt`, `chosen`, `rejected`, and `margin` where people gave one.
 
-    Columns out: row_id, file, line, encoding, prompt, chosen, rejected, margin (1 where none is given), problem (what
-    kept the line from being read).
+    Columns out: row_id, file, line, encoding, prompt, chosen, rejected, margin (null where none is given), problem
+    (what kept the line from being read), raw (that line).
     """
     rows = []
     for role, data in sorted(files.items()):
@@ -210,8 +210,10 @@ def preferences(files: Files, named: Mapping[str, str]) -> pd.DataFrame:
             not_text = [name for name, value in sides.items() if value is not None and not isinstance(value, str)]
             if not_text and not problem:
                 problem = f"{' and '.join(not_text)} not text"
-            margin = record.get("margin", 1.0)
+            margin = record.get("margin")
             numeric = isinstance(margin, int | float) and not isinstance(margin, bool)
+            if margin is not None and not numeric and not problem:
+                problem = "margin not a number"
             rows.append(
                 {
                     "row_id": row_id(text),
@@ -238,7 +240,7 @@ def _json_object(text: str) -> tuple[dict, str | None]:
     return (record, None) if isinstance(record, dict) else ({}, "not a JSON object")
 
 
-# A new format is one function and one line here.
+# How a format is read; its checks stand in validate.CHECKS, its parts in split.SPLITS.
 FORMATS: dict[str, Callable[[Files, Mapping[str, str]], pd.DataFrame]] = {
     "rated_sentences": rated_sentences,
     "preferences": preferences,

@@ -91,6 +91,10 @@ def thread_environment(threads: int | None) -> dict[str, str]:
     usual = {
         "OMP_NUM_THREADS": count,
         "OMP_WAIT_POLICY": "PASSIVE",
+        # glibc gives large blocks back at once; every tensor of logits would be mapped and zeroed anew.
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
+        "MALLOC_TOP_PAD_": str(256 * 2**20),
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -137,5 +141,3 @@ def obey_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait_for_end, daemon=True).start()
-
-

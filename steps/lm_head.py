@@ -32,15 +32,15 @@ def token_statistics(logits: torch.Tensor, targets: torch.Tensor, wanted: tuple[
     Returns:
         (n,) for each that is wanted; `log_probs` always.
     """
-    found = {"log_probs": -F.cross_entropy(logits, targets, reduction="none")}
+    log_p = logits.log_softmax(-1)
+    found = {"log_probs": log_p.gather(-1, targets[:, None]).squeeze(-1)}
     with torch.no_grad():
         if "entropy" in wanted:
-            log_z = logits.logsumexp(-1)
-            found["entropy"] = log_z - (torch.exp(logits - log_z[:, None]) * logits).sum(-1)
+            found["entropy"] = -log_p.exp().mul_(log_p).sum(-1)
         if "mean_logits" in wanted:
             found["mean_logits"] = logits.mean(-1)
         if "is_top1" in wanted:
-            found["is_top1"] = logits.argmax(-1) == targets
+            found["is_top1"] = log_p.argmax(-1) == targets
     return found
 
 

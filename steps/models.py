@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from steps.config import Lora
 
 ADAPTER = "adapter"
+SETS = ("target_modules", "modules_to_save", "exclude_modules")
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -99,10 +101,21 @@ def lora_config(lora: Lora, base: Path, task: str) -> LoraConfig:
     )
 
 
+def frozen_depth(config: LoraConfig, layers: int) -> int:
+    """How many layers, from below, an adapter leaves alone."""
+    adapted = config.layers_to_transform
+    return min(adapted) if isinstance(adapted, list) and len(adapted) < layers else 0
+
+
 def save_adapter(model: PeftModel, base: Path, out: Path) -> Path:
     """Write the trained adapter into `out/adapter`: weights and configuration, no path of this machine."""
     folder = out / ADAPTER
     model.peft_config["default"].base_model_name_or_path = base_id(base)
     model.save_pretrained(folder, selected_adapters=["default"])
     (folder / "README.md").unlink(missing_ok=True)
+    settings = folder / "adapter_config.json"
+    written = json.loads(settings.read_text(encoding="utf-8"))
+    # PEFT writes its sets in the order of this process's string hashes.
+    written = {name: sorted(value) if name in SETS and value else value for name, value in written.items()}
+    settings.write_text(json.dumps(written, indent=1, sort_keys=True), encoding="utf-8")
     return folder

@@ -15,28 +15,32 @@ COLUMNS = ["prompt", "chosen", "rejected"]
 
 
 def training_and_held_out(preferences: Path, config: Pairs) -> tuple[Dataset, Dataset, int]:
-    """Training pairs of at least the configured margin, held-out pairs whatever theirs, and the batch for the latter.
+    """Training pairs as the recipe asks for them, held-out pairs whatever they are, and the batch for the latter.
 
-    Held-out pairs are cut to full batches and sorted by length, which changes no mean and saves padding.
+    Held-out pairs are cut to full batches. Both are sorted by length, which saves padding and changes no mean; the
+    order of training is the sampler's.
 
     Raises:
         DataError: nothing is left to train on.
     """
     table = pd.read_parquet(preferences)
-    train = table[(table["part"] == "train") & (table["margin"] >= config.min_margin)].head(config.pairs)
+    table["length"] = table[["chosen", "rejected"]].map(len).max(axis=1)
+    fit = (table["part"] == "train") & ~(table["margin"] < config.min_margin)  # a pair without a margin fits
+    if config.max_chars is not None:
+        fit &= table["length"] <= config.max_chars
+    train = table[fit].head(config.pairs)
     held_out = table[table["part"] == "held_out"]
     count, batch = even_batches(min(config.held_out, len(held_out)))
     if train.empty:
+        bound = f" and answers of at most {config.max_chars} characters" if config.max_chars else ""
         raise DataError(
             "no training pair is left",
             where=str(preferences),
-            have=f"no pair with a margin of {config.min_margin} or more",
-            then="lower min_margin in the recipe",
+            have=f"none with a margin of {config.min_margin} or more{bound}",
+            then="lower min_margin or raise max_chars in the recipe",
         )
-    held_out = held_out.head(count)
-    length = held_out["chosen"].str.len() + held_out["rejected"].str.len()
-    return _dataset(train), _dataset(held_out.loc[length.sort_values(kind="stable").index]), batch
+    return _dataset(train), _dataset(held_out.head(count)), batch
 
 
 def _dataset(pairs: pd.DataFrame) -> Dataset:
-    return Dataset.from_pandas(pairs[COLUMNS], preserve_index=False)
+    return Dataset.from_pandas(pairs.sort_values("length", kind="stable")[COLUMNS], preserve_index=False)

@@ -32,8 +32,9 @@ def project_root(start: Path | None = None) -> Path:
 class Var:
     """The git-ignored state of one project.
 
-    `mlflow.db`, `mlflow-artifacts/` (tracking), `store/` (step artifacts), `runs/` (reports), `prefect/`
-    (Prefect's home), `downloads/` (fetched sources), `locks/`.
+    `mlflow.db`, `mlflow-artifacts/` (tracking), `store/` (step artifacts), `runs/` (reports), `champions/` (fetched
+    adapters), `prefect/` (Prefect's home), `downloads/` (fetched sources), `logs/` and `ui.json` (the servers'), and
+    by default `dvc-remote/`.
     """
 
     def __init__(self, root: Path | None = None) -> None:

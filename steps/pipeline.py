@@ -1,6 +1,6 @@
 """The pipeline as a table: each step's function, what it takes of the recipe, and what it reads.
 
-The one place that says which step depends on what. The flow, `--dry-run` and `prefloop step` all read it.
+The one place that says what a step depends on; the flow only says in which order they come.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ STEPS: dict[str, Step] = {
         "steps.sft:train_sft", {"sft": "sft", **_ADAPTED}, {"base": "base", "demonstrations": "data/demonstrations"}
     ),
     "reward": Step(
-        "steps.reward:train_reward", {"reward": "reward", **_ADAPTED}, {"base": "base", "preferences": "data/preferences"}
+        "steps.reward:train_reward",
+        {"reward": "reward", **_ADAPTED},
+        {"base": "base", "preferences": "data/preferences"},
     ),
     "policy": Step(
         "steps.policy:tune_policy",
@@ -81,7 +83,9 @@ def spec(name: str, recipe: Recipe, known: Mapping[str, Input]) -> StepSpec:
         KeyError: an input that is not known yet, by its name.
     """
     step = STEPS[name]
-    wanted = {argument: given for argument, given in step.inputs.items() if given in known or given not in step.optional}
+    wanted = {
+        argument: given for argument, given in step.inputs.items() if given in known or given not in step.optional
+    }
     return StepSpec(
         step=name,
         function=step.function,

@@ -10,8 +10,9 @@ from trl.trainer import dpo_trainer
 
 from steps.artifact import Facts
 from steps.config import DPO
+from steps.frozen_layers import remember_frozen_layers
 from steps.lm_head import labelled_lm_head
-from steps.models import ADAPTER, load_policy, load_tokenizer, save_adapter
+from steps.models import ADAPTER, frozen_depth, load_policy, load_tokenizer, save_adapter
 from steps.pairs import training_and_held_out
 from steps.tracking import Tracker
 from steps.training import LengthGrouped, arguments, held_out_metrics, run_trainer
@@ -35,10 +36,12 @@ def tune_policy(
     train, held_out, batch = training_and_held_out(preferences, policy)
     tracker.progress("reference", 0, 1)
     set_seed(seed)
+    model = load_policy(base, dtype, sft / ADAPTER, trainable=True)
+    remember_frozen_layers(model, frozen_depth(model.peft_config["default"], model.config.num_hidden_layers))
     settings = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": batch, **policy.trainer}
     with labelled_lm_head(dpo_trainer):
         trainer = LengthGroupedDPOTrainer(
-            load_policy(base, dtype, sft / ADAPTER, trainable=True),
+            model,
             args=arguments(DPOConfig, settings, seed=seed, out=out, per_device_eval_batch_size=batch),
             train_dataset=train,
             eval_dataset=held_out,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,14 +58,20 @@ def champion(client: MlflowClient, name: str) -> Version | None:
 
 
 def register(
-    client: MlflowClient, name: str, run_id: str, artifact_path: str, tags: Mapping[str, Any], *, promote: bool,
+    client: MlflowClient,
+    name: str,
+    run_id: str,
+    artifact_path: str,
+    tags: Mapping[str, Any],
+    *,
+    promote: bool,
     description: str,
 ) -> Version:
-    """Register a run's model, once for each policy and verdict, and set its alias.
+    """Register a run's model, once for each policy and evaluation, and set its alias.
 
     Args:
         artifact_path: where the model lies among the run's artifacts.
-        tags: must hold `policy_digest` and `evaluation`, which together say whether this was registered before.
+        tags: must hold `verdict`, and `policy_digest` and `evaluation`, which say whether this was registered before.
         description: Markdown; the model card.
     """
     from mlflow.exceptions import MlflowException
@@ -80,12 +85,15 @@ def register(
     for known in client.search_model_versions(f"name='{name}'"):
         if all(known.tags.get(tag) == str(tags[tag]) for tag in ("policy_digest", "evaluation")):
             version = known
+            client.set_model_version_tag(name, known.version, "verdict", str(tags["verdict"]))
             break
     else:
         source = f"{client.get_run(run_id).info.artifact_uri}/{artifact_path}"
         version = client.create_model_version(
             name, source, run_id, tags={k: str(v) for k, v in tags.items()}, description=description
         )
+    if promote and str(version.version) == _holder(client, name, CHALLENGER):
+        client.delete_registered_model_alias(name, CHALLENGER)
     if promote or str(version.version) != _holder(client, name, CHAMPION):
         client.set_registered_model_alias(name, alias, version.version)
     return Version(name, str(version.version), str(version.run_id), dict(version.tags))
@@ -103,15 +111,14 @@ def fetch_adapter(client: MlflowClient, version: Version, into: Path) -> Path:
         PrefloopError: what the registry holds is not what was registered.
     """
     folder = into / f"{version.name}-{version.version}"
-    if not folder.is_dir():
+    if not (folder / "adapter").is_dir():
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        client.download_artifacts(version.run_id, "model/adapter", str(partial))
-        found = partial / "model" / "adapter"
-        found.rename(partial / "adapter")
-        found.parent.rmdir()
-        partial.rename(folder)
+        fetched = Path(client.download_artifacts(version.run_id, "model/adapter", str(partial)))
+        folder.mkdir(exist_ok=True)
+        fetched.rename(folder / "adapter")
+        shutil.rmtree(partial)
     if adapter_digest(folder) != version.tags.get("policy_digest"):
         raise PrefloopError(
             "the champion's adapter is not the one that was registered",
@@ -125,5 +132,3 @@ def fetch_adapter(client: MlflowClient, version: Version, into: Path) -> Path:
 def adapter_digest(folder: Path) -> str:
     """The digest a policy's artifact has: over the names and bytes of its files."""
     return digest_json({name: digest_file(path) for name, path in payload(folder).items()})
-
-

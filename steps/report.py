@@ -20,8 +20,8 @@ def headline(name: str, facts: Mapping[str, Any]) -> str:
     """The few numbers of a step that matter, in one short line."""
     if name == "data":
         return (
-            f"{facts['read']:,} rows, {facts['quarantined']} in quarantine; {facts['demonstrations']:,} demonstrations, "
-            f"{facts['preferences']:,} pairs, {facts['gold']:,} gold"
+            f"{facts['read']:,} rows, {facts['quarantined']} in quarantine; "
+            f"{facts['demonstrations']:,} demonstrations, {facts['preferences']:,} pairs, {facts['gold']:,} gold"
         )
     if name == "base":
         return f"{facts['base']}, {facts['bytes'] / 2**20:.0f} MiB"
@@ -47,7 +47,9 @@ def headline(name: str, facts: Mapping[str, Any]) -> str:
     return ""
 
 
-def step_rows(outcomes: Mapping[str, Outcome], data: Mapping[str, int], seconds: float) -> list[tuple[str, str, str, str]]:
+def step_rows(
+    outcomes: Mapping[str, Outcome], data: Mapping[str, int], seconds: float
+) -> list[tuple[str, str, str, str]]:
     """(step, reused or run, seconds, headline) of every step, the data stages first."""
     rows = [("data", "checked", f"{seconds:.1f}", headline("data", data))]
     for name, outcome in outcomes.items():
@@ -60,11 +62,11 @@ def findings(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a reader should know beyond the numbers, in sentences."""
     measured, policy = facts["evaluate"], facts["policy"]
     said = [
-        f"On {measured['prompts']} held-out prompts the gold judge prefers the tuned policy to its SFT start in "
-        f"{measured['win_rate']:.1%} (95 % interval {measured['win_rate_low']:.1%} to {measured['win_rate_high']:.1%}; "
-        f"{measured['win_rate_wins']} wins, {measured['win_rate_ties']} ties, {measured['win_rate_losses']} losses). "
-        f"The reward model prefers it in {measured['win_rate_by_reward']:.1%}.",
-        f"The judge was fitted on ratings no other step saw; it orders {measured['judge_accuracy']:.1%} of held-out "
+        f"On {measured['prompts']} held-out prompts the {measured['judge']} judge prefers the tuned policy to its SFT "
+        f"start in {measured['win_rate']:.1%} ({measured['confidence']:.0%} interval {measured['win_rate_low']:.1%} to "
+        f"{measured['win_rate_high']:.1%}; {measured['win_rate_wins']} wins, {measured['win_rate_ties']} ties, "
+        f"{measured['win_rate_losses']} losses). The reward model prefers it in {measured['win_rate_by_reward']:.1%}.",
+        f"The judge was fitted on ratings no training step saw; it orders {measured['judge_accuracy']:.1%} of held-out "
         f"human pairs as people did.",
         f"Answers have {measured['policy_tokens']:.1f} tokens on average, the start's {measured['start_tokens']:.1f} "
         f"(× {measured['length_ratio']:.2f}).",
@@ -78,8 +80,9 @@ def findings(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
         )
     if policy.get("likelihood_displaced"):
         said.append(
-            f"Displaced likelihood: the chosen answers became less likely than under the reference (rewards/chosen "
-            f"{policy['eval_rewards/chosen']:+.2f}), the rejected ones more so ({policy['eval_rewards/rejected']:+.2f}). "
+            f"Displaced likelihood: the chosen answers became less likely than under the reference "
+            f"(rewards/chosen {policy['eval_rewards/chosen']:+.2f}), "
+            f"the rejected ones more so ({policy['eval_rewards/rejected']:+.2f}). "
             f"The policy learnt what to avoid rather than what to imitate; a known failure of DPO. A larger beta, or "
             f"loss_type [sigmoid, sft], holds the chosen answers up."
         )
@@ -104,7 +107,12 @@ def print_report(
 ) -> None:
     """The end of a run in a terminal of 100 columns, or a log file."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title, options in (("step", {}), ("", {}), ("seconds", {"justify": "right"}), ("came to", {"overflow": "fold"})):
+    for title, options in (
+        ("step", {}),
+        ("", {}),
+        ("seconds", {"justify": "right"}),
+        ("came to", {"overflow": "fold"}),
+    ):
         table.add_column(title, **options)
     for step, how, seconds, line in rows:
         table.add_row(step, f"[dim]{how}[/]" if how == "reused" else how, seconds, escape(line))

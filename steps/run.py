@@ -36,7 +36,7 @@ class Input:
 
 @dataclass(frozen=True)
 class StepSpec:
-    """One step, fully said: the same spec always means the same artifact.
+    """One step, fully said: on one kind of processor, the same spec means the same artifact.
 
     Attributes:
         step: its name, such as `reward`.

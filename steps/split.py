@@ -1,13 +1,13 @@
 """Third data stage: who learns from what. No prompt, and no text, stands in two of the parts.
 
 Prompts, with everything people said about their answers, are dealt to four parts by a hash of the prompt, so that
-neither the order of the rows nor new rows move an old one:
+the order of the rows does not matter:
 
 - `demonstrations` (prompt, completion): what SFT imitates.
 - `preferences` (prompt, chosen, rejected, margin, agreement, part): `train` for the reward model and the policy,
   `held_out` to measure both.
 - `prompts`: the held-out prompts, for sampling.
-- `gold` (answer, score): human ratings for the judge, seen by no other step.
+- `gold` (answer, score): human ratings for the judge; no other step learns from them.
 
 `python -m steps.split NAME`.
 """
@@ -153,7 +153,7 @@ def split_preferences(rows: pd.DataFrame, entry: Dataset) -> dict[str, pd.DataFr
         "demonstrations": demonstrations[["prompt", "completion", "row_id"]],
         "train": pairs[parts.loc[pairs.index] == "preferences"],
         "held_out": pairs[parts.loc[pairs.index] == "held_out"],
-        "gold": pd.concat(sides)[["answer", "score", "row_id"]],
+        "gold": pd.concat(sides, ignore_index=True)[["answer", "score", "row_id"]],
     }
 
 

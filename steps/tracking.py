@@ -1,4 +1,4 @@
-"""Tracking: written to disk first, forwarded to MLflow from there. The only module, with the registry, that knows MLflow.
+"""Tracking: written to disk first, forwarded to MLflow from there. It and the registry alone know MLflow.
 
 A run's journal is a file of JSON lines: start, params, metrics, tags, inputs, artifacts, end. Whoever works appends
 to it and never waits. `forward` sends what has not been sent yet; a tracking server that is down costs a journal
@@ -188,7 +188,7 @@ class Forwarder:
         entry = batch[0]
         run_id = sent.get("run_id")
         if entry["op"] == "start":
-            parent = _read_sent(Path(entry["parent"]), self.uri).get("run_id") if entry.get("parent") else None
+            parent = self._run_of(Path(entry["parent"])) if entry.get("parent") else None
             tags = {**entry["tags"], **({"mlflow.parentRunId": parent} if parent else {})}
             if run_id is None:
                 experiment = self.experiment(entry["experiment"])
@@ -217,6 +217,12 @@ class Forwarder:
             self._log_artifact(run_id, folder / entry["path"], entry.get("under"))
         elif entry["op"] == "end":
             self.client.set_terminated(run_id, entry["status"], entry["time"])
+
+    def _run_of(self, folder: Path) -> str | None:
+        """The run of another journal, which is sent first when it has none yet."""
+        if self.run_id(folder) is None:
+            self._forward(folder)
+        return self.run_id(folder)
 
     def _log_artifact(self, run_id: str, path: Path, under: str | None) -> None:
         if path.is_dir():
@@ -250,21 +256,6 @@ class Forwarder:
         """Whether the journal in `folder` holds lines this server has not got."""
         journal = folder / JOURNAL
         return journal.is_file() and journal.stat().st_size > _read_sent(folder, self.uri)["offset"]
-
-    def forget(self, folder: Path) -> None:
-        """Send a journal again from its beginning: the server does not have its run any more."""
-        _write_sent(folder, self.uri, {"offset": 0})
-
-    def knows(self, run_id: str) -> bool:
-        """Whether the server has this run."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self.client.get_run(run_id).info.lifecycle_stage == "active"
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
-            raise
 
 
 def _batches(lines: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, list[dict[str, Any]]]]:

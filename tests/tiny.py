@@ -1,0 +1,112 @@
+"""A language model of some 7,000 parameters, a byte tokenizer and a project to run them in, all made in code."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+GOOD = ("good", "warm", "fine", "bright", "kind")
+BAD = ("bad", "cold", "dull", "grim", "rude")
+TOPICS = ("rain", "bread", "trains", "music", "paint", "chess", "rivers", "lamps", "boats", "gardens")
+
+
+def make_base(folder: Path) -> Path:
+    """A two-layer llama over bytes, with its tokenizer, saved as safetensors."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<eos>": 1, **{letter: i + 2 for i, letter in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+def preference_rows(prompts: int = 120, seed: int = 0) -> list[dict]:
+    """Pairs whose chosen side uses kind words and whose rejected side does not."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(prompts):
+        prompt = f"{draw.choice(TOPICS)} {number}: "
+        for _ in range(2):
+            pair = [" ".join(draw.choices(words, k=5)) for words in (GOOD, BAD)]
+            rows.append({"prompt": prompt, "chosen": pair[0], "rejected": pair[1], "margin": draw.choice([1, 2, 3])})
+    return rows
+
+
+def write_rows(rows: list[dict], path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+REGISTRY = """\
+datasets:
+  tiny:
+    format: preferences
+    source:
+      files:
+        pairs: pairs.jsonl
+    split: {seed: 0, demonstrations: 0.2, preferences: 0.35, held_out: 0.25}
+"""
+
+RECIPE = """\
+name: tiny
+seed: 3
+data: {name: tiny}
+model:
+  base: base
+  dtype: float32
+  lora: {r: 4, alpha: 8, target_modules: [q_proj, v_proj], top_layers: 1}
+sft:
+  trainer: {learning_rate: 1e-2, per_device_train_batch_size: 8, max_steps: 8, logging_steps: 2, save_steps: 3}
+reward:
+  held_out: 32
+  trainer: {learning_rate: 1e-2, per_device_train_batch_size: 8, max_steps: 8, logging_steps: 2, save_steps: 3}
+policy:
+  held_out: 32
+  trainer: {learning_rate: 1e-2, per_device_train_batch_size: 8, max_steps: 8, logging_steps: 2, save_steps: 3}
+evaluate: {prompts: 16, max_new_tokens: 8}
+gate: {win_rate_floor: 0.0, judge_accuracy_floor: 0.0}
+launch: {launcher: here, min_free_gib: 0}
+"""
+
+
+def make_project(root: Path) -> Path:
+    """A git and DVC project with a dataset `tiny`, a base model and `recipes/tiny.yaml`."""
+    for name in ("dvc.yaml", ".dvc/config", ".gitignore"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(REPOSITORY / name, root / name)
+    shutil.copytree(REPOSITORY / "steps", root / "steps", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "data").mkdir()
+    (root / "data" / "datasets.yaml").write_text(REGISTRY, encoding="utf-8")
+    write_rows(preference_rows(), root / "data" / "tiny" / "source" / "pairs.jsonl")
+    (root / "recipes").mkdir()
+    (root / "recipes" / "tiny.yaml").write_text(RECIPE, encoding="utf-8")
+    make_base(root / "base")
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a project"]):
+        subprocess.run([*git, *command], cwd=root, check=True, capture_output=True)
+    return root

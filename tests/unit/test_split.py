@@ -1,0 +1,332 @@
+"""Who learns from what: parts that share neither prompt nor text, and that no order of rows can change."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiny
+from steps.datasets import Dataset, Split
+from steps.errors import DataError
+from steps.split import TOPIC_ROWS, USES, agreement, pairs_of, part_of, split, texts_of, topics, unit_hash
+
+SHARES = Split(seed=0, demonstrations=0.2, preferences=0.35, held_out=0.25)
+NOUNS = ("ocean", "castle", "garden", "robot", "winter", "violin", "harbour", "desert", "mirror", "forest")
+MOODS = ("splendid", "moving", "gripping"), ("dreadful", "tedious", "clumsy")
+
+
+def preferences_entry(shares: Split = SHARES) -> Dataset:
+    return Dataset(format="preferences", source={"files": {"pairs": "p.jsonl"}}, split=shares)
+
+
+def preference_rows(prompts: int = 120) -> pd.DataFrame:
+    rows = pd.DataFrame(tiny.preference_rows(prompts))
+    return rows.assign(row_id=[f"id{number:04}" for number in range(len(rows))], line=range(1, len(rows) + 1))
+
+
+def rated_entry(shares: Split = SHARES) -> Dataset:
+    files = {"texts": "t.txt", "ratings": "r.txt"}
+    return Dataset(format="rated_sentences", source={"files": files}, prompt="About {topic}:\n", split=shares)
+
+
+def rated_rows(count: int = 400) -> pd.DataFrame:
+    """Sentences about one noun each; noun and mood are drawn apart, so that every noun is a topic."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for number in range(count):
+        like = bool(draw.integers(2))
+        ratings = [float(value) for value in draw.integers(1, 5, size=4) * (1 if like else -1)]
+        words = f"{draw.choice(MOODS[not like])} {draw.choice(NOUNS)} {draw.choice(MOODS[not like])} number {number}"
+        rows.append(
+            {
+                "row_id": f"id{number:04}",
+                "line": number + 1,
+                "answer": words,
+                "score": float(np.mean(ratings)),
+                "ratings": ratings,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+CASES = {
+    "preferences": (preference_rows, preferences_entry),
+    "rated_sentences": (rated_rows, lambda: rated_entry(Split(seed=1, **SHARES.model_dump(exclude={"seed"})))),
+}
+
+
+def parts_of(kind: str) -> dict[str, pd.DataFrame]:
+    """The four parts that may share nothing."""
+    rows, entry = CASES[kind][0](), CASES[kind][1]()
+    tables = split(rows, entry)
+    pairs = tables["preferences"]
+    return {
+        "demonstrations": tables["demonstrations"],
+        "train": pairs[pairs["part"] == "train"],
+        "held_out": pairs[pairs["part"] == "held_out"],
+        "gold": tables["gold"],
+    }
+
+
+# -- hashes and shares -------------------------------------------------------------------------------------------
+
+
+@given(st.integers(), st.text())
+def test_a_unit_hash_is_in_the_unit_interval(seed: int, text: str) -> None:
+    assert 0 <= unit_hash(seed, text) < 1
+    assert unit_hash(seed, text) == unit_hash(seed, text)
+
+
+def test_a_unit_hash_depends_on_every_argument_and_their_borders() -> None:
+    assert len({unit_hash(0, "ab"), unit_hash(1, "ab"), unit_hash(0, "a", "b"), unit_hash(0, "b", "a")}) == 4
+
+
+def test_a_lone_surrogate_can_be_hashed() -> None:
+    assert 0 <= unit_hash("\ud800") < 1
+
+
+def test_the_shares_of_prompts_are_those_asked_for() -> None:
+    """20,000 prompts: a share has a standard error of at most 0.0035."""
+    counts = Counter(part_of(f"prompt {number}", SHARES) for number in range(20_000))
+    expected = {"demonstrations": 0.2, "preferences": 0.35, "held_out": 0.25, "gold": 0.2}
+    assert {part: count / 20_000 for part, count in counts.items()} == pytest.approx(expected, abs=0.015)
+
+
+def test_another_seed_deals_anew() -> None:
+    other = SHARES.model_copy(update={"seed": 1})
+    moved = sum(part_of(f"p{number}", SHARES) != part_of(f"p{number}", other) for number in range(1000))
+    assert 600 < moved < 850  # 1 − (0.2² + 0.35² + 0.25² + 0.2²) = 0.735 of them
+
+
+# -- agreement ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        ([3], [1], 1),
+        ([1], [1], 0.5),
+        ([1], [3], 0),
+        ([1, 2], [1, 2], 0.5),
+        ([3, 1], [2, 1], (1 + 1 + 0 + 0.5) / 4),
+        ([4, 4, 4], [1, 5], 3 / 6),
+    ],
+)
+def test_agreement_by_hand(chosen: list[float], rejected: list[float], expected: float) -> None:
+    assert agreement(chosen, rejected) == pytest.approx(expected)
+
+
+RATINGS = st.lists(st.integers(-4, 4), min_size=1, max_size=12)
+
+
+@given(RATINGS, RATINGS)
+def test_agreement_of_the_other_way_round_is_the_rest(one: list[int], two: list[int]) -> None:
+    assert agreement(one, two) + agreement(two, one) == pytest.approx(1)
+
+
+# -- topics ------------------------------------------------------------------------------------------------------
+
+
+def corpus(counts: dict[str, tuple[int, int]]) -> tuple[list[str], list[bool]]:
+    """Answers that hold one word each, so many of them liked and so many not."""
+    answers, liked = [], []
+    for word, (good, bad) in counts.items():
+        answers += [f"{word} it is"] * (good + bad)
+        liked += [True] * good + [False] * bad
+    return answers, liked
+
+
+def test_a_word_both_moods_share_is_a_topic_and_a_word_of_one_mood_is_not() -> None:
+    answers, liked = corpus({"castle": (10, 10), "splendid": (20, 0), "dreadful": (1, 19)})
+    found = dict(zip(answers, topics(answers, liked), strict=True))
+    assert found == {"castle it is": "castle", "splendid it is": None, "dreadful it is": None}
+
+
+def test_a_rare_word_is_no_topic() -> None:
+    half = TOPIC_ROWS // 2
+    answers, liked = corpus({"castle": (half, half), "robot": (half, half - 1)})
+    assert set(topics(answers, liked)) == {"castle", None}
+
+
+@pytest.mark.parametrize(("good", "found"), [(6, False), (7, True), (13, True), (14, False)])
+def test_a_topic_has_at_least_thirty_five_percent_of_either_mood(good: int, found: bool) -> None:
+    answers, liked = corpus({"castle": (good, 20 - good)})
+    assert ("castle" in topics(answers, liked)) is found
+
+
+def test_the_rarest_topic_is_taken_and_the_first_in_the_alphabet_of_two() -> None:
+    answers, liked = corpus({"castle": (10, 10), "garden": (10, 10), "robot": (8, 8)})
+    answers += ["castle garden robot", "garden castle", "Castle, GARDEN!"]
+    assert topics(answers, [*liked, True, True, False])[-3:] == ["robot", "castle", "castle"]
+
+
+def test_short_and_common_words_are_no_topics() -> None:
+    answers, liked = corpus({"the": (10, 10), "there": (10, 10), "sea": (10, 10)})
+    assert set(topics(answers, liked)) == {None}
+
+
+def test_a_word_counts_once_an_answer() -> None:
+    half = TOPIC_ROWS // 2
+    answers = ["castle castle castle"] * (half - 1) * 2
+    assert set(topics(answers, [True, False] * (half - 1))) == {None}
+
+
+# -- pairs -------------------------------------------------------------------------------------------------------
+
+
+def rated(scores: dict[str, float], prompt: str = "p") -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"row_id": name, "prompt": prompt, "answer": f"answer {name}", "score": score, "ratings": [score]}
+            for name, score in scores.items()
+        ]
+    )
+
+
+def test_the_answer_rated_higher_is_the_chosen_one() -> None:
+    pairs = pairs_of(rated({"a": 1.0, "b": 3.0}), 1, 0)
+    assert pairs.to_dict("records") == [
+        {
+            "prompt": "p",
+            "chosen": "answer b",
+            "rejected": "answer a",
+            "margin": 2.0,
+            "agreement": 1.0,
+            "chosen_id": "b",
+            "rejected_id": "a",
+        }
+    ]
+
+
+@pytest.mark.parametrize("uses", [1, 2, 3])
+def test_no_answer_is_used_too_often_and_no_pair_twice(uses: int) -> None:
+    rows = pd.concat([rated({f"{p}{n}": float(n) for n in range(9)}, p) for p in "pq"])
+    pairs = pairs_of(rows, uses, 0)
+    used = Counter([*pairs["chosen_id"], *pairs["rejected_id"]])
+    assert max(used.values()) <= uses
+    assert len({frozenset(ids) for ids in zip(pairs["chosen_id"], pairs["rejected_id"], strict=True)}) == len(pairs)
+    assert (pairs["margin"] > 0).all()
+    assert (pairs["chosen_id"].str[0] == pairs["rejected_id"].str[0]).all()
+    # Taken greedily from all possible pairs, at most `uses` answers of a prompt are left with uses to spare.
+    spare = [name for name in rows["row_id"] if used[name] < uses]
+    assert len(spare) <= 2 * uses
+
+
+def test_answers_rated_the_same_make_no_pair() -> None:
+    pairs = pairs_of(rated({"a": 1.0, "b": 1.0, "c": 1.0}), 2, 0)
+    assert pairs.empty
+    assert list(pairs.columns) == [
+        "prompt",
+        "chosen",
+        "rejected",
+        "margin",
+        "agreement",
+        "chosen_id",
+        "rejected_id",
+    ]
+
+
+def test_pairs_do_not_depend_on_the_order_of_rows() -> None:
+    rows = rated({f"r{number}": float(number % 4) for number in range(12)})
+    expected = pairs_of(rows, 2, 0).reset_index(drop=True)
+    pd.testing.assert_frame_equal(pairs_of(rows[::-1], 2, 0).reset_index(drop=True), expected)
+
+
+# -- the whole split ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_no_prompt_stands_in_two_parts(kind: str) -> None:
+    parts = parts_of(kind)
+    prompts = [set(parts[name]["prompt"]) for name in ("demonstrations", "train", "held_out")]
+    assert all(prompts)
+    assert sum(map(len, prompts)) == len(set.union(*prompts))
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_no_text_stands_in_two_parts(kind: str) -> None:
+    texts = [texts_of(part) for part in parts_of(kind).values()]
+    assert all(texts)
+    assert sum(map(len, texts)) == len(set.union(*texts))
+
+
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_order_of_rows_changes_nothing(kind: str, seed: int) -> None:
+    rows, entry = CASES[kind][0](), CASES[kind][1]()
+    expected = split(rows, entry)
+    shuffled = split(rows.sample(frac=1, random_state=seed), entry)
+    for table in expected:
+        pd.testing.assert_frame_equal(shuffled[table], expected[table])
+
+
+def test_new_rows_leave_old_prompts_in_their_part() -> None:
+    rows = preference_rows(200)
+    few, many = (split(rows.head(count), preferences_entry()) for count in (200, 400))
+    for table, column in (("demonstrations", "prompt"), ("preferences", "prompt"), ("prompts", "prompt")):
+        shared = set(many[table][column]) & set(rows.head(200)["prompt"])
+        assert set(few[table][column]) == shared
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_the_prompts_are_those_held_out(kind: str) -> None:
+    rows, entry = CASES[kind][0](), CASES[kind][1]()
+    tables = split(rows, entry)
+    pairs = tables["preferences"]
+    assert tables["prompts"]["prompt"].is_unique
+    assert set(tables["prompts"]["prompt"]) == set(pairs[pairs["part"] == "held_out"]["prompt"])
+    assert list(tables["prompts"]) == ["prompt"]
+
+
+def test_every_pair_of_a_preference_file_lands_in_one_part() -> None:
+    rows = preference_rows()
+    rows["chosen"] += rows["row_id"]
+    rows["rejected"] += rows["row_id"]
+    tables = split(rows, preferences_entry())
+    landed = [*tables["demonstrations"]["row_id"], *tables["preferences"]["chosen_id"], *set(tables["gold"]["row_id"])]
+    assert sorted(landed) == sorted(rows["row_id"])
+    assert set(tables["gold"]["score"]) == {1.0, -1.0}
+
+
+def test_a_rated_sentence_is_used_as_often_as_its_part_allows() -> None:
+    for part, frame in parts_of("rated_sentences").items():
+        if part in USES:
+            used = Counter([*frame["chosen_id"], *frame["rejected_id"]])
+            assert max(used.values()) <= USES[part]
+            assert (frame["margin"] > 0).all()
+            assert frame["agreement"].between(0, 1).all()
+
+
+def test_the_ratings_of_gold_are_the_peoples_own() -> None:
+    rows = rated_rows().set_index("row_id")
+    gold = parts_of("rated_sentences")["gold"]
+    assert list(gold["score"]) == list(rows.loc[gold["row_id"], "score"])
+    assert list(gold["answer"]) == list(rows.loc[gold["row_id"], "answer"])
+
+
+def test_a_sentence_without_a_topic_goes_to_gold() -> None:
+    rows = rated_rows()
+    odd = {"row_id": "odd", "line": 999, "answer": "zyzzyva", "score": 1.0, "ratings": [1.0]}
+    tables = split(pd.concat([rows, pd.DataFrame([odd])]), CASES["rated_sentences"][1]())
+    assert "odd" in set(tables["gold"]["row_id"])
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_an_empty_part_is_an_error_that_names_it(kind: str) -> None:
+    with pytest.raises(DataError) as caught:
+        split(CASES[kind][0]().head(1), CASES[kind][1]())
+    text = str(caught.value)
+    assert "the split leaves nothing for" in text
+    assert "1 rows" in text
+    assert "data/datasets.yaml" in text
+
+
+def test_a_part_whose_every_text_stands_in_another_is_an_error_too() -> None:
+    rows = preference_rows().assign(chosen="yes", rejected="no")
+    with pytest.raises(DataError, match="the split leaves nothing for"):
+        split(rows, preferences_entry())
