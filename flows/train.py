@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from prefect import flow, runtime, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
@@ -13,71 +14,64 @@ from steps.config import Recipe
 from steps.errors import StepKilled
 from steps.experiment import Experiment
 from steps.paths import project_root
-from steps.registry import Version
-from steps.run import Outcome
 from steps.ui import mlflow_address
 
 # The store decides what is reused, by content; Prefect's cache would hand out results whose files are gone.
-plain = {"cache_policy": NO_CACHE, "persist_result": False}
+PLAIN: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 
-def was_killed(task, task_run, state) -> bool:
+def was_killed(task: Any, run: Any, state: Any) -> bool:
     """A step whose process was killed goes on at its checkpoint; any other failure would only repeat itself."""
     return isinstance(state.result(raise_on_failure=False), StepKilled)
 
 
-@task(
-    name="data", tags=["dvc"], retries=1, retry_delay_seconds=5, task_run_name="{experiment.recipe.data.name}", **plain
-)
+def model_step(name: str, purpose: str) -> Any:
+    """A task that finds a step's artifact in the store, or makes it."""
+
+    def run(experiment: Experiment) -> None:
+        experiment.run(name)
+
+    options = {"name": name, "task_run_name": name, "description": purpose, "tags": ["model", name], **PLAIN}
+    return task(retries=1, retry_condition_fn=was_killed, **options)(run)
+
+
+@task(name="data", tags=["data"], retries=1, retry_delay_seconds=5, task_run_name="data", **PLAIN)
 def prepare_data(experiment: Experiment) -> None:
     """Ingest, validate and split, as far as DVC finds something changed."""
     experiment.prepare_data()
 
 
-@task(tags=["model"], retries=1, retry_condition_fn=was_killed, task_run_name="{name}", **plain)
-def step(experiment: Experiment, name: str) -> Outcome:
-    """One model step: found in the store, or run."""
-    return experiment.run(name)
+base = model_step("base", "the model everything stands on, as safetensors")
+sft = model_step("sft", "imitate demonstrations")
+reward = model_step("reward", "learn what people prefer")
+policy = model_step("policy", "make it likelier")
+evaluate = model_step("evaluate", "win rate on held-out prompts, by a judge that trained nothing")
+gate = model_step("gate", "promote, or keep the champion")
 
 
-@task(tags=["registry"], **plain)
-def register(experiment: Experiment) -> Version:
-    """A model version, with the alias the gate's verdict gives it."""
-    return experiment.register()
-
-
-@task(tags=["report"], **plain)
-def report(experiment: Experiment, version: Version) -> None:
-    """The run in words, numbers and a link, here and in the terminal."""
-    create_markdown_artifact(experiment.finish(version), key="report", description=version.uri)
+@task(name="registry", tags=["registry"], task_run_name="registry", **PLAIN)
+def register(experiment: Experiment) -> str:
+    """A model version, with the alias the gate's verdict gives it; then the report, in words, numbers and a link."""
+    model = experiment.register().uri
+    create_markdown_artifact(experiment.finish(model), key="report", description=model)
     numbers = [{"metric": name, "value": value} for name, value in experiment.metrics().items()]
-    create_table_artifact(numbers, key="metrics", description=version.uri)
+    create_table_artifact(numbers, key="metrics", description=model)
     create_link_artifact(mlflow_address(experiment.var), key="mlflow", link_text=f"MLflow: {experiment.recipe.name}")
+    return model
 
 
-@flow(name="train", flow_run_name="{recipe.name}", **{k: v for k, v in plain.items() if k == "persist_result"})
+@flow(name="train", flow_run_name="{recipe.name}", persist_result=False)
 def train(recipe: Recipe, command: str = "", root: str | None = None) -> str:
-    """Tune a language model on human preferences, and say whether it helped.
+    """Tune a language model on human preferences and say whether it helped; returns the model version's address.
 
     Args:
         recipe: everything the experiment is made of.
-        command: how the recipe was given on the command line, for the messages that say how to repeat a step.
+        command: how the recipe was given, for the messages that say how to repeat a step.
         root: the project; found from the working directory when not given.
-
-    Returns:
-        the address of the registered model version.
     """
     tags = {"prefect.flow_run_id": str(runtime.flow_run.id), "prefloop.command": command}
     experiment = Experiment(recipe, Path(root) if root else project_root(), Console(highlight=False), tags)
     experiment.send_what_waits()
-
-    prepare_data(experiment)
-    step.with_options(name="base")(experiment, "base")  # the model everything stands on, as safetensors
-    step.with_options(name="sft")(experiment, "sft")  # imitate demonstrations
-    step.with_options(name="reward")(experiment, "reward")  # learn what people prefer
-    step.with_options(name=f"policy: {recipe.policy.method}")(experiment, "policy")  # make it likelier
-    step.with_options(name="evaluate")(experiment, "evaluate")  # win rate on held-out prompts, by a judge of its own
-    step.with_options(name="gate")(experiment, "gate")  # promote, or keep the champion
-    version = register(experiment)
-    report(experiment, version)
-    return version.uri
+    for step in (prepare_data, base, sft, reward, policy, evaluate, gate):
+        step(experiment)
+    return register(experiment)

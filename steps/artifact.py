@@ -48,7 +48,11 @@ def payload(folder: Path) -> dict[str, Path]:
     """The files of a result by relative name, without the records that stand beside them."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     named = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: path for name, path in named.items() if name not in RECORDS and not name.startswith("checkpoints/")}
+    return {
+        name: path
+        for name, path in named.items()
+        if name not in RECORDS and not name.startswith("checkpoints/") and not name.endswith(".tmp")
+    }
 
 
 @dataclass(frozen=True)

@@ -66,12 +66,12 @@ def _gguf_in_package(name: str) -> Path:
 def _model_files(folder: Path) -> list[Path]:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        others = sorted(path.name for path in folder.iterdir())[:8]
+        others = sorted(path.name for path in folder.iterdir())
         pickles = any(name.endswith((".bin", ".pt", ".pth")) for name in others)
         raise ModelError(
             "the model directory has no weights prefloop reads",
             where=str(folder),
-            have=", ".join(others) or "an empty directory",
+            have=", ".join(others[:8]) or "an empty directory",
             then="save it with save_pretrained(…, safe_serialization=True)" if pickles else "look for *.safetensors",
         )
     if not (folder / "config.json").is_file():
@@ -92,7 +92,7 @@ def _on_hub(source: str, revision: str | None) -> Input:
         )
     try:
         path = snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", *_CONFIGURATION])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"cannot get {source} at {revision} from the hub",
             where="model.base",

@@ -7,6 +7,7 @@ dotted path. What a TRL trainer owns sits under `trainer:` with TRL's own names,
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -161,6 +162,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key is text", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key}' stands twice", key_node.start_mark
@@ -188,6 +191,8 @@ def read_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
         raise RecipeError("not readable as YAML", where=place, have=getattr(error, "problem", "") or "") from error
+    except ValueError as error:  # such as a date that is none
+        raise RecipeError("not readable as YAML", where=where, have=str(error)) from error
 
 
 def _apply(tree: dict[str, Any], assignment: str) -> None:

@@ -90,7 +90,7 @@ def read_error(path: Path) -> PrefloopError | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return _rebuild(_KINDS[record.pop("kind")], **record)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

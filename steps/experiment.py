@@ -284,8 +284,15 @@ class Experiment:
 
     # -- what is left behind -------------------------------------------------------------------------------------
 
-    def finish(self, version: registry.Version) -> str:
-        """Write report, pictures and the last of the journal; print the report. Returns it as Markdown."""
+    def finish(self, model: str) -> str:
+        """Write report, pictures and the last of the journal; print the report.
+
+        Args:
+            model: the registered version's address.
+
+        Returns:
+            the report as Markdown.
+        """
         from steps.charts import run_picture
 
         facts = {name: outcome.artifact.facts for name, outcome in self.outcomes.items()}
@@ -294,11 +301,11 @@ class Experiment:
             if (folder / "chart.png").is_file():
                 shutil.copyfile(folder / "chart.png", self.folder / f"{name}.png")
         run_picture(folders, facts, self.folder / "report.png")
-        text = self.markdown(version.uri)
+        text = self.markdown(model)
         (self.folder / "report.md").write_text(text, encoding="utf-8")
         for file in [*sorted(self.folder.glob("*.png")), self.folder / "report.md"]:
             tracking.append(self.folder, "artifact", path=file.name)
-        tracking.append(self.folder, "tags", values={"model": version.uri, "promoted": facts["gate"]["promote"]})
+        tracking.append(self.folder, "tags", values={"model": model, "promoted": facts["gate"]["promote"]})
         tracking.append(self.folder, "end", status="FINISHED")
         sent = self._forward(self.folder)
         hints = [
@@ -314,7 +321,7 @@ class Experiment:
             report.findings(facts),
             report.examples(folders["evaluate"] / "completions.parquet"),
             facts["gate"],
-            version.uri,
+            model,
             hints,
         )
         return text

@@ -36,9 +36,14 @@ class FrozenLayers:
             layer.forward = functools.partial(self._layer, place, layer.forward)
 
     def _look_up(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        ids, mask = args[0] if len(args) == 1 else kwargs.get("input_ids"), kwargs.get("attention_mask")
         self._rows = self._known = None
-        if args or ids is None or kwargs.get("use_cache") is not False or kwargs.get("position_ids") is not None:
+        if (
+            len(args) > 1
+            or ids is None
+            or kwargs.get("use_cache") is not False
+            or kwargs.get("position_ids") is not None
+        ):
             return
         lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
         if mask is not None and any(not bool(row[:n].all()) for row, n in zip(mask, lengths, strict=True)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -161,9 +162,10 @@ def row_id(*content: object) -> str:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
 
 
 def rated_sentences(files: Files, named: Mapping[str, str]) -> pd.DataFrame:
@@ -174,13 +176,13 @@ def rated_sentences(files: Files, named: Mapping[str, str]) -> pd.DataFrame:
     """
     ratings: dict[str, list[float]] = {}
     for _, text, _ in lines_of(files["ratings"]):
-        identity, *_, raw = text.split("\t")
-        values = [_number(value) for value in raw.strip().strip("[]").split(",")]
-        ratings[identity] = [value for value in values if value is not None]
+        cells = text.split("\t")
+        values = [_number(value) for value in cells[-1].strip().strip("[]").split(",")] if len(cells) > 1 else []
+        ratings[cells[0]] = [value for value in values if value is not None]
     rows = []
     for line, text, encoding in lines_of(files["texts"]):
-        identity, score, answer = (*text.split("\t", 2), None, None)[:3]
-        answer = answer.strip() if answer else answer
+        fields: list[str | None] = [*text.split("\t", 2), None, None]
+        identity, score, answer = fields[0], fields[1], fields[2].strip() if fields[2] else fields[2]
         rows.append(
             {
                 "row_id": row_id(answer, score, ratings.get(identity or "", [])),
@@ -211,9 +213,12 @@ def preferences(files: Files, named: Mapping[str, str]) -> pd.DataFrame:
             if not_text and not problem:
                 problem = f"{' and '.join(not_text)} not text"
             margin = record.get("margin")
-            numeric = isinstance(margin, int | float) and not isinstance(margin, bool)
-            if margin is not None and not numeric and not problem:
+            distance = None if isinstance(margin, bool | str | list | dict) else _number(str(margin))
+            if margin is not None and distance is None and not problem:
                 problem = "margin not a number"
+            if broken := [name for name, value in sides.items() if isinstance(value, str) and not _is_unicode(value)]:
+                problem = problem or f"{' and '.join(broken)} with half a surrogate pair"
+                sides |= dict.fromkeys(broken)
             rows.append(
                 {
                     "row_id": row_id(text),
@@ -221,7 +226,7 @@ def preferences(files: Files, named: Mapping[str, str]) -> pd.DataFrame:
                     "line": line,
                     "encoding": encoding,
                     **{name: value if isinstance(value, str) else None for name, value in sides.items()},
-                    "margin": float(margin) if numeric else None,
+                    "margin": distance,
                     "problem": problem,
                     "raw": text if problem else None,
                 }
@@ -230,6 +235,11 @@ def preferences(files: Files, named: Mapping[str, str]) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=columns)
     text_columns = ["prompt", "chosen", "rejected", "problem", "raw"]
     return frame.astype({"margin": "float64", "line": "int64", **dict.fromkeys(text_columns, "object")})
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether text can be written down; half a surrogate pair, which JSON can say, cannot."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _json_object(text: str) -> tuple[dict, str | None]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
+SCALES = ("logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier")
 _ROWS = 2048  # labelled positions projected at once: 2048 × 50,000 logits in float32 are 400 MB
 
 
@@ -57,8 +58,7 @@ def add_labelled_lm_head(
         and "log_sum_sq_probs" not in plain
         and model.get_output_embeddings().bias is None
         and not getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        and getattr(model.config.get_text_config(), "logits_scaling", None) in (None, 1.0)
-        and getattr(model.config.get_text_config(), "logit_scale", None) in (None, 1.0)
+        and all(getattr(model.config.get_text_config(), name, None) in (None, 1.0) for name in SCALES)
     )
     if not simple:
         add_fused_lm_head(model, temperature, cast_lm_head_to_fp32, outputs)
@@ -68,7 +68,8 @@ def add_labelled_lm_head(
     @functools.wraps(type(model).forward)
     def forward(self, *args: Any, fused_lm_head: bool = False, labels=None, num_items_in_batch=None, **kwargs: Any):
         if not fused_lm_head:
-            extra = {"labels": labels} if labels is not None else {}
+            given = {"labels": labels, "num_items_in_batch": num_items_in_batch}
+            extra = {name: value for name, value in given.items() if value is not None}
             return original(*args, **extra, **kwargs)
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]

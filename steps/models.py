@@ -51,18 +51,14 @@ def load_policy(base: Path, dtype: str, adapter: Path | None = None, *, trainabl
         ModelError: the weights cannot be read.
     """
     model = _load(AutoModelForCausalLM, base, dtype)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-    return model
+    return model if adapter is None else PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
 
 
 def load_reward_model(base: Path, dtype: str, adapter: Path | None = None) -> PreTrainedModel:
     """A model with one number per sequence for a head; a fresh head when no adapter is given."""
     model = _load(AutoModelForSequenceClassification, base, dtype, num_labels=1)
     model.config.get_text_config().pad_token_id = load_tokenizer(base).pad_token_id
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter))
-    return model
+    return model if adapter is None else PeftModel.from_pretrained(model, str(adapter))
 
 
 def _load(kind: Any, base: Path, dtype: str, **options: Any) -> PreTrainedModel:

@@ -30,6 +30,8 @@ def training_and_held_out(preferences: Path, config: Pairs) -> tuple[Dataset, Da
         fit &= table["length"] <= config.max_chars
     train = table[fit].head(config.pairs)
     held_out = table[table["part"] == "held_out"]
+    if held_out.empty:
+        raise DataError("there are no held-out pairs", where=str(preferences), then="add data, or change the split")
     count, batch = even_batches(min(config.held_out, len(held_out)))
     if train.empty:
         bound = f" and answers of at most {config.max_chars} characters" if config.max_chars else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from transformers import set_seed
@@ -19,7 +20,20 @@ from steps.training import LengthGrouped, arguments, held_out_metrics, run_train
 
 
 class LengthGroupedDPOTrainer(LengthGrouped, DPOTrainer):
-    """TRL's DPOTrainer on length-grouped batches."""
+    """TRL's DPOTrainer on length-grouped batches; says how far the reference's pass is.
+
+    Args:
+        tracker: told of every batch of the reference's pass, of which there are `reference_batches`.
+    """
+
+    def __init__(self, *args, tracker: Tracker, reference_batches: int, **kwargs) -> None:
+        self.tracker, self.reference_batches, self.referenced = tracker, reference_batches, 0
+        super().__init__(*args, **kwargs)
+
+    def compute_ref_log_probs(self, model, inputs):
+        self.tracker.progress("reference", self.referenced, self.reference_batches)
+        self.referenced += 1
+        return super().compute_ref_log_probs(model, inputs)
 
 
 def tune_policy(
@@ -34,7 +48,6 @@ def tune_policy(
         preferences: table of prompt, chosen, rejected, margin, part.
     """
     train, held_out, batch = training_and_held_out(preferences, policy)
-    tracker.progress("reference", 0, 1)
     set_seed(seed)
     model = load_policy(base, dtype, sft / ADAPTER, trainable=True)
     remember_frozen_layers(model, frozen_depth(model.peft_config["default"], model.config.num_hidden_layers))
@@ -42,6 +55,8 @@ def tune_policy(
     with labelled_lm_head(dpo_trainer):
         trainer = LengthGroupedDPOTrainer(
             model,
+            tracker=tracker,
+            reference_batches=math.ceil(len(train) / batch) + len(held_out) // batch,
             args=arguments(DPOConfig, settings, seed=seed, out=out, per_device_eval_batch_size=batch),
             train_dataset=train,
             eval_dataset=held_out,

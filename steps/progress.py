@@ -35,7 +35,7 @@ def read_progress(folder: Path) -> dict | None:
 
 @contextmanager
 def watch(
-    step: str, folder: Path, console: Console, each: Callable[[], None] = lambda: None, period: float = 0.25
+    step: str, folder: Path, console: Console, each: Callable[[], object] = lambda: None, period: float = 0.25
 ) -> Iterator[None]:
     """Show the progress a step writes into `folder` while the body runs.
 

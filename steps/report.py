@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from steps.run import Outcome
@@ -82,11 +83,16 @@ def findings(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
         said.append(
             f"Displaced likelihood: the chosen answers became less likely than under the reference "
             f"(rewards/chosen {policy['eval_rewards/chosen']:+.2f}), "
-            f"the rejected ones more so ({policy['eval_rewards/rejected']:+.2f}). "
+            f"the rejected ones came to {policy['eval_rewards/rejected']:+.2f}. "
             f"The policy learnt what to avoid rather than what to imitate; a known failure of DPO. A larger beta, or "
             f"loss_type [sigmoid, sft], holds the chosen answers up."
         )
     return said
+
+
+def printable(text: str) -> str:
+    """A model's words without what steers a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text).strip()
 
 
 def examples(completions: Path, count: int = EXAMPLES) -> list[dict[str, str]]:
@@ -107,13 +113,10 @@ def print_report(
 ) -> None:
     """The end of a run in a terminal of 100 columns, or a log file."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title, options in (
-        ("step", {}),
-        ("", {}),
-        ("seconds", {"justify": "right"}),
-        ("came to", {"overflow": "fold"}),
-    ):
-        table.add_column(title, **options)
+    table.add_column("step")
+    table.add_column("")
+    table.add_column("seconds", justify="right")
+    table.add_column("came to", overflow="fold")
     for step, how, seconds, line in rows:
         table.add_row(step, f"[dim]{how}[/]" if how == "reused" else how, seconds, escape(line))
     console.print()
@@ -123,9 +126,9 @@ def print_report(
         console.print(f"• {escape(sentence)}")
     console.print()
     for example in shown:
-        console.print(f"[dim]prompt[/]  {escape(example['prompt'].strip())}")
-        console.print(f"[dim]before[/]  {escape(example['start'])}")
-        console.print(f"[dim]after [/]  {escape(example['policy'])}\n")
+        for label, name in (("prompt", "prompt"), ("before", "start"), ("after ", "policy")):
+            console.print(Text.assemble((label, "dim"), "  ", printable(example[name])))
+        console.print()
     style = "green" if verdict["promote"] else "yellow"
     console.print(f"[{style}]{'promoted' if verdict['promote'] else 'kept back'}[/]  {escape(model)}")
     for reason in verdict["reasons"]:

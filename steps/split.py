@@ -167,6 +167,7 @@ def split(rows: pd.DataFrame, entry: Dataset) -> dict[str, pd.DataFrame]:
         DataError: a part is empty, or a text stands in two parts.
     """
     parts = SPLITS[entry.format](rows.sort_values("row_id", kind="stable").reset_index(drop=True), entry)
+    parts = _without_leaks(parts)
     for name, part in parts.items():
         if part.empty:
             raise DataError(
@@ -174,7 +175,6 @@ def split(rows: pd.DataFrame, entry: Dataset) -> dict[str, pd.DataFrame]:
                 have=f"{len(rows)} rows",
                 then="add data, or change the shares under `split:` in data/datasets.yaml",
             )
-    parts = _without_leaks(parts)
     for name in ("demonstrations", "gold"):
         order = parts[name]["row_id"].map(lambda identity: unit_hash(entry.split.seed, identity))
         parts[name] = parts[name].loc[order.sort_values(kind="stable").index].reset_index(drop=True)

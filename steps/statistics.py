@@ -62,9 +62,10 @@ def win_rate(
         scores, against: (n,), higher is better, prompt by prompt.
         tie_width: a difference no larger than this is a tie.
     """
-    difference = np.asarray(scores, float) - np.asarray(against, float)
-    if difference.ndim != 1 or not len(difference):
+    first, second = np.asarray(scores, float), np.asarray(against, float)
+    if first.ndim != 1 or first.shape != second.shape or not len(first):
         raise ValueError("win_rate compares two non-empty lists of the same length")
+    difference = first - second
     if not np.isfinite(difference).all():
         raise ValueError("a score is not a number")
     wins = int((difference > tie_width).sum())

@@ -49,8 +49,11 @@ class NullTracker:
 def append(folder: Path, op: str, **fields: Any) -> None:
     """Add one line to the journal in `folder`; a single write, so that lines of two processes never mix."""
     line = json.dumps({"op": op, "time": int(time.time() * 1000), **fields}) + "\n"
-    descriptor = os.open(folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a writer was killed inside its line
+            line = "\n" + line
         os.write(descriptor, line.encode("utf-8"))
     finally:
         os.close(descriptor)

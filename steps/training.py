@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError  # the error alone; nothing is unpickled here
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +32,13 @@ DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "linear",
 }
 # One file each that a checkpoint cannot be resumed without; trainer_state.json is written last of all.
-CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors")
+CHECKPOINT_FILES = (
+    "trainer_state.json",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "adapter_model.safetensors",
+)
 # TRL's RewardTrainer names these its own way; one chart should hold every trainer.
 NAMES = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}
 SILENT = ("runtime", "per_second", "total_flos", "num_tokens", "train_loss", "epoch")
@@ -124,11 +133,16 @@ class Reporter(TrainerCallback):
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
         self.shown: dict[str, float] = {}
+        self.evaluated = 0
 
     def on_step_end(self, args, state, control, **kwargs):
         self.tracker.progress("training", state.global_step, state.max_steps, self.shown)
         if stop_requested():
             control.should_save = control.should_training_stop = True
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        self.evaluated += 1
+        self.tracker.progress("held-out", self.evaluated, len(eval_dataloader))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         values = named(logs or {})
@@ -150,8 +164,6 @@ def named(logs: Mapping[str, Any]) -> dict[str, float]:
 
 def newest_whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that can be resumed; broken ones are removed, so that none is taken for whole."""
-    import shutil
-
     while folder.is_dir() and (newest := get_last_checkpoint(str(folder))):
         if is_whole(Path(newest)):
             return newest
@@ -169,8 +181,11 @@ def is_whole(checkpoint: Path) -> bool:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         with safe_open(checkpoint / "adapter_model.safetensors", "pt") as weights:
             weights.keys()
-        torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-    except (ValueError, OSError, RuntimeError, EOFError, SafetensorError):
+        for name in ("optimizer.pt", "scheduler.pt"):
+            torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+        if not zipfile.is_zipfile(checkpoint / "rng_state.pth"):
+            return False
+    except (ValueError, OSError, RuntimeError, EOFError, SafetensorError, UnpicklingError):
         return False
     return True
 
@@ -203,7 +218,5 @@ def run_trainer(trainer: Trainer, tracker: Tracker) -> None:
 
 def held_out_metrics(trainer: Trainer, tracker: Tracker) -> dict[str, float]:
     """Evaluate on the held-out rows, report it, and return it under the project's names."""
-    tracker.progress("held-out", 0, 1)
-    values = named(trainer.evaluate())
-    tracker.progress("held-out", 1, 1, values)
-    return values
+    tracker.progress("held-out", 0, len(trainer.get_eval_dataloader()))
+    return named(trainer.evaluate())

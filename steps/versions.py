@@ -82,7 +82,7 @@ def current(name: str, root: Path) -> DataVersion:
         outs = {out["path"]: out["md5"] for out in stages[f"split@{name}"]["outs"]}
         folder = datasets.folder(name, root)
         tables = {table: Input(folder / f"{table}.parquet", outs[f"data/{name}/{table}.parquet"]) for table in TABLES}
-        counts = {}
+        counts: dict[str, int] = {}
         for file in ("split.json", "validation.json"):
             counts |= json.loads((folder / file).read_text(encoding="utf-8"))
     except (OSError, KeyError, ValueError, yaml.YAMLError) as error:

@@ -53,7 +53,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     experiment.prepare_data()
     for name in experiment.recipe.STEPS:
         experiment.run(name)
-    experiment.finish(experiment.register())
+    experiment.finish(experiment.register().uri)
     return root
 
 

@@ -84,7 +84,7 @@ def test_every_line_that_is_not_blank_becomes_a_preference_row(lines: list[bytes
     assert len(preferred(*lines)) == rows_expected(lines)
 
 
-TEXTISH = st.lists(st.text("0123456789.,-[]\t \r{}:\"aé", max_size=25).map(str.encode), max_size=12)
+TEXTISH = st.lists(st.text('0123456789.,-[]\t \r{}:"aé', max_size=25).map(str.encode), max_size=12)
 
 
 @given(TEXTISH, TEXTISH)
@@ -141,7 +141,7 @@ def test_a_sentence_nobody_rated_has_no_ratings() -> None:
 
 
 def test_a_rating_that_is_no_number_is_left_out() -> None:
-    assert rated(b"7\t1\tA text", b"7\t1\t0\t[1, x, , 3]").iloc[0]["ratings"] == [1.0, 3.0]
+    assert rated(b"7\t1\tA text", b"7\t1\t0\t[1, x, , nan, inf, 3]").iloc[0]["ratings"] == [1.0, 3.0]
 
 
 @pytest.mark.parametrize("line", [b"7", b"nothing but words", b"7 1 0 [1]"])
@@ -155,10 +155,12 @@ def test_a_broken_line_of_ratings_leaves_its_sentence_without_ratings(line: byte
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
 
-def test_a_pair_is_read_with_its_margin_or_with_one() -> None:
-    rows = preferred(PAIR, {**PAIR, "margin": 2})
-    assert list(rows["margin"]) == [1.0, 2.0]
-    assert list(rows["line"]) == [1, 2]
+def test_a_pair_is_read_with_its_margin_or_without_one() -> None:
+    rows = preferred(PAIR, {**PAIR, "margin": 2}, {**PAIR, "margin": None})
+    assert list(rows["margin"].isna()) == [True, False, True]
+    assert rows["margin"][1] == 2.0
+    assert list(rows["line"]) == [1, 2, 3]
+    assert rows["problem"].isna().all()
     first = rows.iloc[0]
     assert (first["prompt"], first["chosen"], first["rejected"], first["file"]) == ("p", "c", "r", "p.jsonl")
     assert absent(first["problem"])
@@ -192,11 +194,11 @@ def test_a_missing_side_is_absent_and_no_reading_problem() -> None:
     assert absent(row["problem"])
 
 
-@pytest.mark.parametrize("margin", [b"true", b'"2"', b"null", b"[1]", b"NaN", b"1" + b"0" * 400])
-def test_a_margin_that_is_no_number_is_absent(margin: bytes) -> None:
+@pytest.mark.parametrize("margin", [b"true", b'"2"', b"[1]", b"NaN", b"Infinity", b"1e999", b"1" + b"0" * 400])
+def test_a_margin_that_is_no_number_is_a_problem_of_its_line(margin: bytes) -> None:
     row = preferred(b'{"prompt": "p", "chosen": "c", "rejected": "r", "margin": ' + margin + b"}").iloc[0]
     assert math.isnan(row["margin"])
-    assert row["chosen"] == "c"
+    assert row["problem"] == "margin not a number"
 
 
 def test_several_files_keep_their_names_and_line_numbers() -> None:

@@ -48,6 +48,23 @@ def test_the_margin_is_a_least_one_and_bounds_training_alone(table: Path) -> Non
     assert len(held_out) == 32
 
 
+def test_a_pair_without_a_margin_is_fit_for_training(table: Path) -> None:
+    frame = pd.read_parquet(table)
+    frame.loc[3, "margin"] = None
+    frame.to_parquet(table)
+    train, _, _ = training_and_held_out(table, Pairs(min_margin=4.0))
+    assert prompts(train) == {"p3", "p39"}
+
+
+def test_long_answers_are_left_out_of_training_alone(table: Path) -> None:
+    train, held_out, _ = training_and_held_out(table, Pairs(max_chars=6, held_out=32))
+    frame = pd.read_parquet(table)
+    longer = frame[["chosen", "rejected"]].map(len).max(axis=1)
+    assert prompts(train) == set(frame[(frame["part"] == "train") & (longer <= 6)]["prompt"])
+    assert 0 < len(train) < 40
+    assert len(held_out) == 32
+
+
 def test_the_number_of_pairs_is_counted_behind_the_margin(table: Path) -> None:
     train, _, _ = training_and_held_out(table, Pairs(min_margin=3.0, pairs=4))
     assert prompts(train) == {"p29", "p30", "p31", "p32"}

@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tiny
 from steps.datasets import Dataset, Split
 from steps.errors import DataError
 from steps.split import TOPIC_ROWS, USES, agreement, pairs_of, part_of, split, texts_of, topics, unit_hash
@@ -263,14 +263,6 @@ def test_the_order_of_rows_changes_nothing(kind: str, seed: int) -> None:
     shuffled = split(rows.sample(frac=1, random_state=seed), entry)
     for table in expected:
         pd.testing.assert_frame_equal(shuffled[table], expected[table])
-
-
-def test_new_rows_leave_old_prompts_in_their_part() -> None:
-    rows = preference_rows(200)
-    few, many = (split(rows.head(count), preferences_entry()) for count in (200, 400))
-    for table, column in (("demonstrations", "prompt"), ("preferences", "prompt"), ("prompts", "prompt")):
-        shared = set(many[table][column]) & set(rows.head(200)["prompt"])
-        assert set(few[table][column]) == shared
 
 
 @pytest.mark.parametrize("kind", CASES)

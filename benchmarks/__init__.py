@@ -1,0 +1,1 @@
+"""Measurements the documentation quotes. Each prints what it saw; none asserts a time."""

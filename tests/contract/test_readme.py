@@ -1,0 +1,101 @@
+"""Every command the README shows is run, word for word, in a project whose data set is small."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+README = (tiny.REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def shown() -> list[str]:
+    """The commands in the README's bash blocks, without their comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny project that calls itself `reviews`, and has data `mine` as the README has one add it."""
+    root = tiny.make_project(tmp_path_factory.mktemp("readme") / "project")
+    (root / "recipes/tiny.yaml").rename(root / "recipes/reviews.yaml")
+    recipe = (root / "recipes/reviews.yaml").read_text().replace("name: tiny", "name: reviews")
+    (root / "recipes/reviews.yaml").write_text(recipe.replace("{name: reviews}", "{name: tiny}"))
+    tiny.write_rows(tiny.preference_rows(300, seed=1), root / "data/mine/source/pairs.jsonl")
+    entry = re.search(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    assert entry, "the README shows a registry entry"
+    with (root / "data/datasets.yaml").open("a", encoding="utf-8") as registry:
+        registry.write(re.sub(r"^ {3}", "", entry.group(1), flags=re.MULTILINE).rstrip() + "\n")
+    assert set(yaml.safe_load((root / "data/datasets.yaml").read_text())["datasets"]) == {"tiny", "mine"}
+    return root
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PYTHONPATH": str(tiny.REPOSITORY), "PATH": path}
+
+
+def test_make_targets_exist() -> None:
+    makefile = (tiny.REPOSITORY / "Makefile").read_text()
+    targets = [command.split()[1] for command in shown() if command.startswith("make ")]
+    assert targets == ["run", "test"]
+    for target in targets:
+        assert re.search(rf"^{target}: setup\n\t\$\(BIN\)/", makefile, flags=re.MULTILINE)
+
+
+def test_the_prefloop_commands_run(reviews: Path) -> None:
+    commands = [c for c in shown() if c.startswith("prefloop ") and c != "prefloop ui"]
+    assert len(commands) >= 6
+    for command in commands:
+        result = subprocess.run(
+            [sys.executable, "-m", "flows.cli", *shlex.split(command)[1:]],
+            cwd=reviews,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        if "doctor" in command:  # says what this very machine lacks; here it must only speak
+            assert "python" in result.stdout
+            continue
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+
+
+def test_the_ui_starts_prints_both_addresses_and_stops(reviews: Path) -> None:
+    import psutil
+
+    assert "prefloop ui" in shown()
+    running = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "ui"], cwd=reviews, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None
+    said = [running.stdout.readline() for _ in range(4)]
+    children = psutil.Process(running.pid).children(recursive=True)
+    running.send_signal(signal.SIGINT)
+    rest = running.communicate(timeout=60)[0]
+    assert re.match(r"mlflow +http://127\.0\.0\.1:\d+\n", said[1]), said
+    assert re.match(r"prefect +http://127\.0\.0\.1:\d+\n", said[2]), said
+    assert "stopped" in rest
+    assert children
+    time.sleep(0.5)
+    assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_every_prefloop_command_is_in_the_readme() -> None:
+    from flows.cli import app
+
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert names == {"run", "step", "check", "ui", "doctor"}
+    for name in names:
+        assert f"prefloop {name}" in README

@@ -1,0 +1,214 @@
+"""A step in a process of its own: what comes back, and what is said when nothing does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from steps import launch
+from steps.config import Launch
+from steps.errors import DataError, Interrupted, PrefloopError, StepFailed, StepKilled
+from steps.launch import last_lines, launcher, process, stop_requested, thread_environment
+from steps.run import execute
+
+REPOSITORY = Path(__file__).parents[2]
+
+WORK = """\
+import os, signal, sys, time
+from pathlib import Path
+from steps.errors import DataError, Interrupted
+from steps.launch import stop_requested
+
+
+def well(*, seed, out, tracker, **inputs):
+    tracker.metrics({"seed": seed}, 1)
+    print("all is well")
+    return {"pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]}
+
+
+def killed(*, seed, out, tracker):
+    print("nearly there", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def raising(*, seed, out, tracker):
+    raise DataError("no rows", where="here.parquet", have="nothing", then="add some")
+
+
+def crashing(*, seed, out, tracker):
+    return 1 / 0
+
+
+def leaving(*, seed, out, tracker):
+    print("goodbye", flush=True)
+    os._exit(3)
+
+
+def patient(*, seed, out, tracker):
+    (out / "begun").write_text(str(os.getpid()))
+    while not stop_requested():
+        time.sleep(0.02)
+    raise Interrupted("stopped on request", then="run again")
+"""
+
+
+@pytest.fixture
+def partial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory, and a module `faraway` that a child can import."""
+    (tmp_path / "faraway.py").write_text(WORK)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{REPOSITORY}")
+    folder = tmp_path / "step.partial"
+    folder.mkdir()
+    return folder
+
+
+def asked(partial: Path, name: str) -> Path:
+    spec = {"step": "step", "function": f"faraway:{name}", "config": {}, "inputs": {}, "seed": 7}
+    (partial / "spec.json").write_text(json.dumps(spec))
+    return partial
+
+
+def failure(partial: Path, name: str) -> PrefloopError:
+    with pytest.raises(PrefloopError) as caught:
+        process(asked(partial, name))
+    return caught.value
+
+
+# -- in a process of its own -------------------------------------------------------------------------------------
+
+
+def test_a_step_leaves_facts_journal_and_log(partial: Path) -> None:
+    process(asked(partial, "well"), threads=3)
+    facts = json.loads((partial / "facts.json").read_text())
+    assert facts["threads"] == "3"
+    assert facts["pid"] != os.getpid()
+    assert json.loads((partial / "journal.jsonl").read_text())["values"] == {"seed": 7.0}
+    assert "all is well" in (partial / "log.txt").read_text()
+
+
+def test_a_killed_step_says_so_with_the_end_of_its_log(partial: Path) -> None:
+    error = failure(partial, "killed")
+    assert type(error) is StepKilled
+    text = str(error)
+    assert "SIGKILL" in text
+    assert "memory" in text
+    assert str(partial / "log.txt") in text
+    assert "nearly there" in text
+    assert "goes on at its newest checkpoint" in text
+
+
+def test_what_a_step_raises_is_raised_here(partial: Path) -> None:
+    error = failure(partial, "raising")
+    assert type(error) is DataError
+    assert (error.what, error.where, error.have, error.then) == ("no rows", "here.parquet", "nothing", "add some")
+
+
+def test_a_crash_is_told_with_its_type_and_the_place_of_its_traceback(partial: Path) -> None:
+    error = failure(partial, "crashing")
+    assert type(error) is StepFailed
+    text = str(error)
+    assert text.startswith("ZeroDivisionError: division by zero")
+    assert str(partial / "log.txt") in text
+    assert "return 1 / 0" in text
+
+
+def test_a_step_that_leaves_without_a_word_is_told_with_its_status(partial: Path) -> None:
+    error = failure(partial, "leaving")
+    assert type(error) is StepFailed
+    assert "ended with status 3" in str(error)
+    assert "goodbye" in str(error)
+
+
+def test_an_error_of_an_earlier_try_is_not_taken_for_that_of_this_one(partial: Path) -> None:
+    failure(partial, "raising")
+    assert type(failure(partial, "killed")) is StepKilled
+    process(asked(partial, "well"))
+    assert not (partial / "error.json").exists()
+
+
+def test_a_function_that_is_not_there_is_a_failed_step(partial: Path) -> None:
+    assert "AttributeError" in str(failure(partial, "nowhere"))
+
+
+def test_an_interrupted_launch_asks_its_step_to_end_and_waits_for_it(
+    partial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = subprocess.Popen.wait
+
+    def interrupted(self: subprocess.Popen, timeout: float | None = None) -> int:
+        if timeout is None:
+            while not (partial / "begun").is_file() or not (partial / "begun").read_text():
+                time.sleep(0.02)
+            raise KeyboardInterrupt
+        return waits(self, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        process(asked(partial, "patient"))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((partial / "begun").read_text()), 0)
+    assert json.loads((partial / "error.json").read_text())["kind"] == Interrupted.__name__
+
+
+def test_a_step_that_does_not_end_when_asked_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "GRACE", 0.2)
+    ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    script = f"{ignore}; print('deaf', flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"deaf\n"
+    launch.end(child)
+    assert child.returncode == -signal.SIGKILL
+    child.stdout.close()
+
+
+# -- around it ---------------------------------------------------------------------------------------------------
+
+
+def test_the_recipe_chooses_the_launcher(partial: Path) -> None:
+    assert launcher(Launch(launcher="here")) is execute
+    launcher(Launch(launcher="process", threads=2))(asked(partial, "well"))
+    assert json.loads((partial / "facts.json").read_text())["threads"] == "2"
+
+
+def test_given_threads_stand_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "9")
+    assert thread_environment(3)["OMP_NUM_THREADS"] == thread_environment(3)["MKL_NUM_THREADS"] == "3"
+    assert "OMP_NUM_THREADS" not in thread_environment(None)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert thread_environment(None)["OMP_NUM_THREADS"] == str(os.cpu_count())
+
+
+def test_settings_somebody_made_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert "OMP_WAIT_POLICY" not in thread_environment(None)
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert thread_environment(None)["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_the_last_lines_are_the_last_ones_indented(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("".join(f"line {number}\n" for number in range(20)) + "\n\n")
+    assert last_lines(log, 2) == "line 18\n        line 19"
+    assert last_lines(log).count("\n") == 11
+
+
+def test_no_log_and_an_empty_log_are_told_apart(tmp_path: Path) -> None:
+    assert last_lines(tmp_path / "log.txt") == "no log"
+    (tmp_path / "log.txt").write_text("\n \n")
+    assert last_lines(tmp_path / "log.txt") == "an empty log"
+
+
+def test_a_log_that_is_not_text_is_shown_as_far_as_it_goes(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_bytes(b"ok\n\xff\xfe end")
+    assert last_lines(tmp_path / "log.txt").startswith("ok\n")
+
+
+def test_nobody_has_asked_this_process_to_stop() -> None:
+    assert not stop_requested()
