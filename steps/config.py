@@ -108,7 +108,7 @@ class Evaluate(Section):
 
     prompts: int = Field(200, ge=2, description="Held-out prompts, one answer each from every model.")
     max_new_tokens: int = Field(48, ge=1)
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     batch_size: int = Field(200, ge=1, description="Prompts answered at once.")
     judge: Literal["gold"] = "gold"
     confidence: float = Field(0.95, gt=0.5, lt=1)

@@ -57,6 +57,7 @@ def add_labelled_lm_head(
         next(model.parameters()).device.type == "cpu"
         and "log_sum_sq_probs" not in plain
         and model.get_output_embeddings().bias is None
+        and not getattr(model.config.get_text_config(), "output_router_logits", False)
         and not getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         and all(getattr(model.config.get_text_config(), name, None) in (None, 1.0) for name in SCALES)
     )

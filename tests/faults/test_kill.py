@@ -135,8 +135,8 @@ def test_a_truncated_checkpoint_is_not_resumed_from(finished: Path, tmp_path: Pa
     wait_for(lambda: training_step(root, "policy") >= 7)
     kill_everything(running)
     partial = next((root / "var/store").glob("policy-*.partial"))
-    newest = max((partial / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    weights = newest / "adapter_model.safetensors"
+    written = (partial / "checkpoints").glob("checkpoint-*/adapter_model.safetensors")
+    weights = max(written, key=lambda path: int(path.parent.name.split("-")[1]))
     weights.write_bytes(weights.read_bytes()[:100])
     again = start(root, "policy")
     output, _ = again.communicate(timeout=120)

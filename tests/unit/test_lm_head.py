@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 from trl.trainer import dpo_trainer, sft_trainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -117,6 +118,29 @@ def test_a_model_that_scales_its_logits_is_scored_as_trl_scores_it(base: Path, n
         setattr(model.config, name, value)
 
     assert_same(both(base, batch(), scale, outputs=OUTPUTS))
+
+
+def test_a_mixture_of_experts_keeps_the_loss_of_its_router() -> None:
+    settings = MixtralConfig(
+        vocab_size=258,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
+    )
+    losses = []
+    for add in (add_fused_lm_head, add_labelled_lm_head):
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(settings)
+        add(model)
+        output = model(**batch(), fused_lm_head=True)
+        losses.append((output.loss.item(), None if output.aux_loss is None else output.aux_loss.item()))
+    assert losses[1] == pytest.approx(losses[0])
 
 
 def test_what_only_trl_computes_is_left_to_trl(base: Path) -> None:
