@@ -68,7 +68,11 @@ def _panel(ax: Axes, found: Curves, label: str, series, level: float | None) -> 
             ax.plot(*zip(*points, strict=True), color=colour, label=legend, linewidth=1.6)
         if held_out := found.get(f"eval_{name}"):
             ax.plot(
-                *zip(*held_out, strict=True), "D", color=colour, markeredgecolor="black", label=f"{legend}, held out"
+                *zip(*held_out, strict=True),
+                "D",
+                color=colour,
+                markeredgecolor="black",
+                label="held out" if legend == "train" else f"{legend}, held out",
             )
     if level is not None:
         ax.axhline(level, color=GREY, linewidth=0.8, linestyle="--")

@@ -205,9 +205,8 @@ class Experiment:
     def _note(self, name: str, outcome: Outcome) -> None:
         artifact = outcome.artifact
         if not outcome.reused:
-            numbers = {
-                k: v for k, v in artifact.facts.items() if isinstance(v, int | float) and not isinstance(v, bool)
-            }
+            drawn = tracking.curves(artifact.path)
+            numbers = {name: value for name, value in artifact.facts.items() if is_number(value) and name not in drawn}
             tracking.append(artifact.path, "metrics", step=0, values={**numbers, "seconds": artifact.seconds})
             for file in (MANIFEST, "chart.png"):
                 tracking.append(artifact.path, "artifact", path=file)
@@ -404,6 +403,11 @@ class Experiment:
 
     def _say(self, name: str, how: str, seconds: float, line: str) -> None:
         self.console.print(f"{name:<9} [dim]{how:<8}[/] {seconds:6.1f} s  {line}", highlight=False, soft_wrap=True)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a fact can be a metric."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -108,6 +108,15 @@ def test_the_parent_run_holds_the_headline_numbers_and_the_data(first: tuple[Pat
     assert "loss" in curves["sft"]
 
 
+def test_prefect_holds_the_tasks_by_name_and_three_artifacts(first: tuple[Path, str]) -> None:
+    with sqlite3.connect(first[0] / "var/prefect/prefect.db") as database:
+        tasks = dict(database.execute("select name, state_name from task_run"))
+        artifacts = dict(database.execute("select key, type from artifact where key is not null"))
+    steps = ("data", "base", "sft", "reward", "policy", "evaluate", "gate", "registry")
+    assert tasks == dict.fromkeys(steps, "Completed")
+    assert artifacts == {"report": "markdown", "metrics": "table", "mlflow": "markdown"}
+
+
 def test_charts_and_report_lie_in_the_runs_folder(first: tuple[Path, str]) -> None:
     run = next((first[0] / "var/runs").iterdir())
     names = {path.name for path in run.iterdir()}
