@@ -7,24 +7,16 @@ from __future__ import annotations
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from benchmarks.lm_head import seconds
+from benchmarks.lm_head import seconds, smollm2_config
 from steps.frozen_layers import remember_frozen_layers
 
 
 def main() -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-    )
     lora = LoraConfig(r=16, target_modules=["q_proj", "v_proj"], layers_to_transform=list(range(20, 30)))
-    model = get_peft_model(LlamaForCausalLM(config).bfloat16(), lora)
+    model = get_peft_model(LlamaForCausalLM(smollm2_config(30)).bfloat16(), lora)
     body = model.get_base_model().model
     ids = torch.randint(0, 49152, (16, 32))
     mask = torch.ones_like(ids)
