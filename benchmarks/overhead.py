@@ -45,7 +45,7 @@ def main(recipe: str = "recipes/reviews.yaml") -> None:
 
     root = project_root()
     experiment = Experiment(load(recipe), root, Console(quiet=True))
-    experiment.plan()
+    list(experiment.plan())
     specs = {name: experiment.spec(name) for name in ("base", "reward")}
     base = experiment.store.find(specs["base"])
     assert base is not None, "run `make run` first"

@@ -14,10 +14,11 @@ from steps.config import Recipe
 from steps.errors import StepKilled
 from steps.experiment import Experiment
 from steps.paths import project_root
-from steps.ui import mlflow_address
+from steps.ui import PAGES, mlflow_address
 
 # The store decides what is reused, by content; Prefect's cache would hand out results whose files are gone.
-PLAIN: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+# One tag for all: Prefect asks its server for a slot per set of tags, which takes seconds for each new set.
+PLAIN: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False, "tags": ["prefloop"]}
 
 
 def was_killed(task: Any, run: Any, state: Any) -> bool:
@@ -31,11 +32,11 @@ def model_step(name: str, purpose: str) -> Any:
     def run(experiment: Experiment) -> None:
         experiment.run(name)
 
-    options = {"name": name, "task_run_name": name, "description": purpose, "tags": ["model", name], **PLAIN}
+    options = {"name": name, "task_run_name": name, "description": purpose, **PLAIN}
     return task(retries=1, retry_condition_fn=was_killed, **options)(run)
 
 
-@task(name="data", tags=["data"], retries=1, retry_delay_seconds=5, task_run_name="data", **PLAIN)
+@task(name="data", retries=1, retry_delay_seconds=5, task_run_name="data", **PLAIN)
 def prepare_data(experiment: Experiment) -> None:
     """Ingest, validate and split, as far as DVC finds something changed."""
     experiment.prepare_data()
@@ -49,14 +50,15 @@ evaluate = model_step("evaluate", "win rate on held-out prompts, by a judge that
 gate = model_step("gate", "promote, or keep the champion")
 
 
-@task(name="registry", tags=["registry"], task_run_name="registry", **PLAIN)
+@task(name="registry", task_run_name="registry", **PLAIN)
 def register(experiment: Experiment) -> str:
     """A model version, with the alias the gate's verdict gives it; then the report, in words, numbers and a link."""
     model = experiment.register().uri
     create_markdown_artifact(experiment.finish(model), key="report", description=model)
     numbers = [{"metric": name, "value": value} for name, value in experiment.metrics().items()]
     create_table_artifact(numbers, key="metrics", description=model)
-    create_link_artifact(mlflow_address(experiment.var), key="mlflow", link_text=f"MLflow: {experiment.recipe.name}")
+    pages = mlflow_address(experiment.var) + PAGES["mlflow"]
+    create_link_artifact(pages, key="mlflow", link_text=f"MLflow: {experiment.recipe.name}")
     return model
 
 

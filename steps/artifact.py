@@ -12,11 +12,12 @@ from typing import Any
 from steps.errors import PrefloopError
 
 MANIFEST = "manifest.json"
+CHART = "chart.png"
 # What a step leaves beside its result: records of how it went, with times in them.
 RECORDS = frozenset(
     {
         MANIFEST,
-        "chart.png",
+        CHART,
         "error.json",
         "facts.json",
         "journal.jsonl",

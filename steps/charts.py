@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from steps.artifact import CHART, Facts, open_artifact
 from steps.tracking import curves
 
 if TYPE_CHECKING:
@@ -22,8 +23,23 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str, str], ...], float | None], ...] =
 )
 
 
+def draw(folder: Path, step: str, inputs: Mapping[str, Path], facts: Facts) -> Path | None:
+    """Draw what a step did into `chart.png`: its curves or, once the policy is judged, the whole run.
+
+    Args:
+        folder: the step's working directory.
+        inputs: what the step reads, by argument name.
+
+    Returns:
+        the picture, or None when there is nothing to draw.
+    """
+    if step == "evaluate":
+        return run_picture({**inputs, step: folder}, facts)
+    return step_chart(folder, step)
+
+
 def step_chart(folder: Path, title: str) -> Path | None:
-    """Draw the curves in a step's journal into `chart.png`; None when there is nothing to draw."""
+    """The curves in a step's journal; None when it has none."""
     found = curves(folder)
     panels = [panel for panel in PANELS if any(name in found for name, _, _ in panel[1])]
     if not panels:
@@ -33,7 +49,7 @@ def step_chart(folder: Path, title: str) -> Path | None:
     for ax, (label, series, level) in zip(axes[0], panels, strict=True):
         _panel(ax, found, label, series, level)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    return _save(figure, folder / "chart.png")
+    return _save(figure, folder / CHART)
 
 
 def _pyplot():
@@ -81,12 +97,12 @@ def _panel(ax: Axes, found: Curves, label: str, series, level: float | None) -> 
     ax.legend(frameon=False, fontsize=8)
 
 
-def run_picture(folders: Mapping[str, Path], facts: Mapping[str, Mapping], path: Path) -> Path:
+def run_picture(folders: Mapping[str, Path], measured: Facts) -> Path:
     """One picture of a run: what the steps learnt, and whether people would prefer the result.
 
     Args:
-        folders: artifact directories of sft, reward, policy, evaluate.
-        facts: their facts.
+        folders: directories of sft, reward, policy and evaluate; the picture goes into the last.
+        measured: what the evaluation found.
     """
     import numpy as np
     import pandas as pd
@@ -94,12 +110,12 @@ def run_picture(folders: Mapping[str, Path], facts: Mapping[str, Mapping], path:
     plt = _pyplot()
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), width_ratios=(1, 1, 1, 1.25))
     _panel(axes[0], curves(folders["sft"]), "SFT: loss on demonstrations", PANELS[0][1], None)
-    reward = facts["reward"]
+    reward = open_artifact(folders["reward"])
+    accuracy = f"{reward.facts['accuracy']:.0%} of held-out pairs right" if reward else ""
     _panel(axes[1], curves(folders["reward"]), "", PANELS[3][1], 0.5)
-    axes[1].set_title(f"reward model: {reward['accuracy']:.0%} of held-out pairs right", fontsize=9, loc="left")
+    axes[1].set_title(f"reward model: {accuracy}", fontsize=9, loc="left")
     _panel(axes[2], curves(folders["policy"]), "policy: implicit rewards", PANELS[1][1], 0.0)
     table = pd.read_parquet(folders["evaluate"] / "completions.parquet")
-    measured = facts["evaluate"]
     bins = np.linspace(
         min(table["start_gold"].min(), table["policy_gold"].min()),
         max(table["start_gold"].max(), table["policy_gold"].max()),
@@ -115,4 +131,4 @@ def run_picture(folders: Mapping[str, Path], facts: Mapping[str, Mapping], path:
     )
     axes[3].set_xlabel("rating on the human scale")
     axes[3].legend(frameon=False, fontsize=8)
-    return _save(figure, path)
+    return _save(figure, folders["evaluate"] / CHART)

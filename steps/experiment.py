@@ -7,7 +7,8 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from steps import code, pipeline, registry, report, tracking, versions
-from steps.artifact import MANIFEST
+from steps import code, datasets, pipeline, registry, report, tracking, versions
+from steps.artifact import CHART, MANIFEST
 from steps.base import locate
 from steps.config import Recipe
 from steps.errors import Interrupted, PrefloopError
@@ -48,6 +49,7 @@ HEADLINES: dict[str, tuple[str, ...]] = {
         "champion_win_rate_low",
     ),
 }
+VALIDATION_PAGE = "validation.html"
 PREFIX = {"sft": "sft/", "reward": "reward/"}  # names that would clash in one row
 
 
@@ -77,6 +79,7 @@ class Experiment:
         self.var = Var(root)
         self.store = Store(self.var.folder("store"))
         self.forwarder = tracking.Forwarder(tracking.tracking_uri(self.var), self.var.folder("mlflow-artifacts"))
+        self.launch = launcher(recipe.launch)
         self.outcomes: dict[str, Outcome] = {}
         self.known: dict[str, Input] = {}
         self.data: DataVersion | None = None
@@ -117,8 +120,10 @@ class Experiment:
         need_space(self.var.path if self.var.path.is_dir() else self.root, self.recipe.launch.min_free_gib)
         started = time.monotonic()
         self.known["source"] = locate(self.recipe.model.base, self.recipe.model.revision, self.root)
-        with self.console.status("data      ingest → validate → split"):
-            self.data = versions.prepare(self.recipe.data.name, self.root)
+        with self.console.status("data      ingest → validate → split"), ThreadPoolExecutor(1) as pool:
+            preparing = pool.submit(versions.prepare, self.recipe.data.name, self.root)
+            self._import_ahead()
+            self.data = preparing.result()
         self.known |= {f"data/{name}": table for name, table in self.data.tables.items()}
         self.data_seconds = time.monotonic() - started
         tags = {
@@ -128,9 +133,25 @@ class Experiment:
         }
         tracking.append(self.folder, "tags", values=tags)
         tracking.append(self.folder, "inputs", datasets=self._datasets(pipeline.TABLES))
+        page = datasets.folder(self.data.name, self.root) / VALIDATION_PAGE
+        if page.is_file():
+            shutil.copyfile(page, self.folder / page.name)
+            tracking.append(self.folder, "artifact", path=page.name)
         self._forward(self.folder)
         self._say("data", "checked", self.data_seconds, report.headline("data", self.data.counts))
         return self.data
+
+    def _import_ahead(self) -> None:
+        """Begin to import what coming steps need, if any is to come; seconds that pass while DVC works."""
+        ahead = Experiment(self.recipe, self.root, self.console)
+        ahead.forwarder = self.forwarder
+        try:
+            coming = [plan.step for plan in ahead.plan() if plan.what != "reuse"]
+        except PrefloopError:  # the data is not there yet
+            coming = list(self.recipe.STEPS)
+        if coming:
+            self.launch.prepare([pipeline.module_of(name) for name in coming])
+        _ = self.forwarder.client
 
     def spec(self, name: str) -> StepSpec:
         """What a step is, from what is known so far."""
@@ -149,7 +170,6 @@ class Experiment:
         except PrefloopError:
             self._end("FAILED")
             raise
-        work = launcher(self.recipe.launch)
 
         def start(partial: Path, resumed: bool) -> None:
             tags = {"prefloop.step": name, "prefloop.key": spec.key, "prefloop.resumed": str(resumed)}
@@ -161,12 +181,12 @@ class Experiment:
                 if tables := pipeline.tables_of(name):
                     tracking.append(partial, "inputs", datasets=self._datasets(tables))
 
-        def launch(partial: Path) -> None:
+        def work(partial: Path) -> None:
             with watch(name, partial, self.console, each=lambda: self._forward(partial)):
-                work(partial)
+                self.launch(partial)
 
         try:
-            outcome = run_step(spec, self.store, launch, start)
+            outcome = run_step(spec, self.store, work, start)
         except PrefloopError as error:
             self._end("FAILED", self.store.partial(spec))
             error.then = error.then or f"`{self.repeat_command(name)}` repeats just this step"
@@ -208,7 +228,7 @@ class Experiment:
             drawn = tracking.curves(artifact.path)
             numbers = {name: value for name, value in artifact.facts.items() if is_number(value) and name not in drawn}
             tracking.append(artifact.path, "metrics", step=0, values={**numbers, "seconds": artifact.seconds})
-            for file in (MANIFEST, "chart.png"):
+            for file in (MANIFEST, CHART):
                 tracking.append(artifact.path, "artifact", path=file)
             tracking.append(artifact.path, "end", status="FINISHED")
         self.outcomes[name] = outcome
@@ -292,14 +312,11 @@ class Experiment:
         Returns:
             the report as Markdown.
         """
-        from steps.charts import run_picture
-
         facts = {name: outcome.artifact.facts for name, outcome in self.outcomes.items()}
         folders = {name: outcome.artifact.path for name, outcome in self.outcomes.items()}
         for name, folder in folders.items():
-            if (folder / "chart.png").is_file():
-                shutil.copyfile(folder / "chart.png", self.folder / f"{name}.png")
-        run_picture(folders, facts, self.folder / "report.png")
+            if (folder / CHART).is_file():
+                shutil.copyfile(folder / CHART, self.folder / f"{'report' if name == 'evaluate' else name}.png")
         text = self.markdown(model)
         (self.folder / "report.md").write_text(text, encoding="utf-8")
         for file in [*sorted(self.folder.glob("*.png")), self.folder / "report.md"]:
@@ -357,28 +374,26 @@ class Experiment:
 
     # -- without running -----------------------------------------------------------------------------------------
 
-    def plan(self) -> list[Plan]:
+    def plan(self) -> Iterator[Plan]:
         """What `run` would do, step by step, as far as it can be known without running. Data is taken as it is."""
         self.known["source"] = locate(self.recipe.model.base, self.recipe.model.revision, self.root)
         self.data = versions.current(self.recipe.data.name, self.root)
         self.known |= {f"data/{name}": table for name, table in self.data.tables.items()}
-        plans = []
         for name in self.recipe.STEPS:
             try:
                 if name == "evaluate" and "policy" in self.known:
                     self._find_champion()
                 spec = self.spec(name)
             except KeyError as missing:
-                plans.append(Plan(name, "wait", f"follows {missing.args[0]}"))
+                yield Plan(name, "wait", f"follows {missing.args[0]}")
                 continue
             found = self.store.find(spec)
             if found:
                 self.known[name] = Input(found.path, found.digest)
-                plans.append(Plan(name, "reuse", report.headline(name, found.facts), spec.key))
+                yield Plan(name, "reuse", report.headline(name, found.facts), spec.key)
             else:
                 begun = self.store.partial(spec).is_dir()
-                plans.append(Plan(name, "run", "resumes what was begun" if begun else "not in the store", spec.key))
-        return plans
+                yield Plan(name, "run", "resumes what was begun" if begun else "not in the store", spec.key)
 
     def repeat_command(self, name: str) -> str:
         """The command that repeats one step of this run."""

@@ -6,79 +6,145 @@ and a step that hangs can be ended. Both launchers take the same partial directo
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from steps.config import Launch
 from steps.errors import StepFailed, StepKilled, read_error
-from steps.run import Launcher, execute
+from steps.run import execute
 
 GRACE = 30.0  # seconds a step gets to write a checkpoint after SIGTERM
 
 
-def launcher(config: Launch) -> Launcher:
-    """The launcher a recipe asks for."""
-    if config.launcher == "here":
-        return execute
-    return lambda partial: process(partial, threads=config.threads)
+class Here:
+    """Steps run in this process."""
+
+    def prepare(self, modules: Sequence[str]) -> None:
+        """Nothing to do ahead of time."""
+
+    def __call__(self, partial: Path) -> None:
+        execute(partial)
 
 
-def process(partial: Path, threads: int | None = None) -> None:
-    """Run the step whose spec lies in `partial` as a child process.
+class Process:
+    """Each step runs in a process of its own, forked from one that has imported what steps need (`steps.worker`).
 
-    Its output goes to `log.txt` there. It ends when this process does: it holds one end of a pipe whose other end
-    closes with us, however we die.
+    A step's output goes to `log.txt` beside its spec. Steps end when this process does: the worker holds one end of a
+    pipe whose other end closes with us, however we die.
 
-    Raises:
-        PrefloopError: what the child raised; `StepFailed` with the end of its log when it died without a word.
+    Args:
+        threads: threads a step may use; all cores when not given.
     """
-    (partial / "error.json").unlink(missing_ok=True)
-    environment = {**os.environ, **thread_environment(threads)}
-    with (partial / "log.txt").open("ab") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "steps.worker", str(partial)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is ours to pass on
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads
+        self._worker: subprocess.Popen[str] | None = None
+        self._dismiss: Callable[[], object] = lambda: None
+
+    def prepare(self, modules: Sequence[str]) -> None:
+        """Begin to import what coming steps need, without waiting for it."""
+        self._ask({"import": list(modules)})
+
+    def __call__(self, partial: Path) -> None:
+        """Run the step whose spec lies in `partial`.
+
+        Raises:
+            PrefloopError: what the step raised; `StepFailed` with the end of its log when it died without a word.
+        """
+        (partial / "error.json").unlink(missing_ok=True)
+        log = partial / "log.txt"
+        status = self._run(partial)
+        if status == 0:
+            return
+        if error := read_error(partial / "error.json"):
+            if type(error) is StepFailed and not error.where:
+                error = StepFailed(error.what, where=str(log), have=last_lines(log))
+            raise error
+        killed = status < 0
+        raise (StepKilled if killed else StepFailed)(
+            f"the step's process {_how_it_ended(status)}",
+            where=str(log),
+            have=last_lines(log),
+            then="run again: the step goes on at its newest checkpoint",
         )
+
+    def close(self) -> None:
+        """Let the worker go."""
+        self._worker = None
+        self._dismiss()
+
+    def _run(self, partial: Path) -> int:
+        """The step's exit status, negative for a signal."""
+        function = json.loads((partial / "spec.json").read_text(encoding="utf-8"))["function"]
+        worker = self._ask({"import": [function.partition(":")[0]], "run": str(partial)})
+        child = None
         try:
-            status = child.wait()
+            child = int(worker.stdout.readline())  # type: ignore[union-attr]
+            return int(worker.stdout.readline())  # type: ignore[union-attr]
+        except ValueError:  # the worker itself is gone
+            if child is not None:
+                _signal(child, signal.SIGKILL)
+            status = worker.wait()
+            self.close()
+            return status or 1
         except BaseException:
-            end(child)
+            if child is not None:
+                end(child, worker)
+            self.close()
             raise
-        finally:
-            if child.stdin:
-                child.stdin.close()
-    if status == 0:
-        return
-    log_path = partial / "log.txt"
-    if error := read_error(partial / "error.json"):
-        if type(error) is StepFailed and not error.where:
-            error = StepFailed(error.what, where=str(log_path), have=last_lines(log_path))
-        raise error
-    killed = status < 0
-    raise (StepKilled if killed else StepFailed)(
-        f"the step's process {_how_it_ended(status)}",
-        where=str(log_path),
-        have=last_lines(log_path),
-        then="run again: the step goes on at its newest checkpoint",
-    )
+
+    def _ask(self, request: Mapping[str, object]) -> subprocess.Popen[str]:
+        if self._worker is None or self._worker.poll() is not None:
+            self._worker = subprocess.Popen(
+                [sys.executable, "-m", "steps.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # a step's own words go to its log
+                text=True,
+                env={**os.environ, **thread_environment(self.threads)},
+                start_new_session=True,  # Ctrl-C is ours to pass on
+            )
+            self._dismiss = weakref.finalize(self, _dismiss, self._worker)
+        print(json.dumps(request), file=self._worker.stdin, flush=True)
+        return self._worker
 
 
-def end(child: subprocess.Popen) -> None:
-    """Ask a step to write a checkpoint and go; insist after `GRACE` seconds."""
-    child.send_signal(signal.SIGTERM)
-    try:
-        child.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+def launcher(config: Launch) -> Here | Process:
+    """The launcher a recipe asks for."""
+    return Here() if config.launcher == "here" else Process(config.threads)
+
+
+def end(child: int, worker: subprocess.Popen[str]) -> None:
+    """Ask a step to write a checkpoint and go; insist after `GRACE` seconds.
+
+    Args:
+        child: the step's process id.
+        worker: says on its standard output when the step is over.
+    """
+    assert worker.stdout is not None
+    _signal(child, signal.SIGTERM)
+    if not select.select([worker.stdout], [], [], GRACE)[0]:
+        _signal(child, signal.SIGKILL)
+    worker.stdout.readline()
+
+
+def _signal(child: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(child, number)
+
+
+def _dismiss(worker: subprocess.Popen[str]) -> None:
+    worker.terminate()  # it may be deep in an import
+    worker.communicate()
 
 
 def thread_environment(threads: int | None) -> dict[str, str]:

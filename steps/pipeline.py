@@ -73,6 +73,11 @@ def tables_of(step: str) -> list[str]:
     return [given.removeprefix("data/") for given in STEPS[step].inputs.values() if given.startswith("data/")]
 
 
+def module_of(step: str) -> str:
+    """The module that does a step's work."""
+    return STEPS[step].function.partition(":")[0]
+
+
 def spec(name: str, recipe: Recipe, known: Mapping[str, Input]) -> StepSpec:
     """The spec of a step, from what is known of its inputs.
 

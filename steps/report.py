@@ -85,7 +85,7 @@ def findings(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"(rewards/chosen {policy['eval_rewards/chosen']:+.2f}), "
             f"the rejected ones came to {policy['eval_rewards/rejected']:+.2f}. "
             f"The policy learnt what to avoid rather than what to imitate; a known failure of DPO. A larger beta, or "
-            f"loss_type [sigmoid, sft], holds the chosen answers up."
+            f"more weight on an sft loss (loss_type [sigmoid, sft]), holds the chosen answers up."
         )
     return said
 

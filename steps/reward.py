@@ -9,8 +9,7 @@ from trl import RewardConfig, RewardTrainer
 
 from steps.artifact import Facts
 from steps.config import Lora, Reward
-from steps.frozen_layers import remember_frozen_layers
-from steps.models import frozen_depth, load_reward_model, load_tokenizer, lora_config, save_adapter
+from steps.models import load_reward_model, load_tokenizer, lora_config, save_adapter
 from steps.pairs import training_and_held_out
 from steps.statistics import wilson
 from steps.tracking import Tracker
@@ -40,7 +39,6 @@ def train_reward(
     train, held_out, batch = training_and_held_out(preferences, reward)
     set_seed(seed)
     model, adapters = load_reward_model(base, dtype), lora_config(lora, base, "SEQ_CLS")
-    remember_frozen_layers(model, frozen_depth(adapters, model.config.num_hidden_layers))
     trainer = BradleyTerryTrainer(
         model,
         args=arguments(RewardConfig, reward.trainer, seed=seed, out=out, per_device_eval_batch_size=batch),

@@ -142,7 +142,7 @@ def execute(partial: Path) -> None:
     inputs = {name: given.path for name, given in spec.inputs.items()}
     facts: Facts = function(**sections, **inputs, seed=spec.seed, out=partial, tracker=Spool(partial))
     (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-    charts.step_chart(partial, spec.step)
+    charts.draw(partial, spec.step, inputs, facts)
 
 
 def run_step(

@@ -12,9 +12,8 @@ from trl.trainer import sft_trainer
 
 from steps.artifact import Facts
 from steps.config import SFT, Lora
-from steps.frozen_layers import remember_frozen_layers
 from steps.lm_head import labelled_lm_head
-from steps.models import frozen_depth, load_policy, load_tokenizer, lora_config, save_adapter
+from steps.models import load_policy, load_tokenizer, lora_config, save_adapter
 from steps.tracking import Tracker
 from steps.training import LengthGrouped, arguments, run_trainer
 
@@ -34,7 +33,6 @@ def train_sft(
     rows = pd.read_parquet(demonstrations)[["prompt", "completion"]].head(sft.rows)
     set_seed(seed)
     model, adapters = load_policy(base, dtype), lora_config(lora, base, "CAUSAL_LM")
-    remember_frozen_layers(model, frozen_depth(adapters, model.config.num_hidden_layers))
     with labelled_lm_head(sft_trainer):
         trainer = LengthGroupedSFTTrainer(
             model,

@@ -9,6 +9,7 @@ MLflow run and how far it was sent, for each tracking server by its address.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -307,6 +308,7 @@ def _create_database(uri: str) -> None:
         from mlflow.store.db.utils import _initialize_tables
         from sqlalchemy import create_engine
 
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         draft = path.with_suffix(".new")
         draft.unlink(missing_ok=True)
         engine = create_engine(f"sqlite:///{draft}")

@@ -15,13 +15,15 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from steps.errors import EnvironmentProblem
-from steps.paths import Var
+from steps.paths import Var, project_root
 from steps.tracking import Forwarder, tracking_uri
 
 HOST = "127.0.0.1"
 PORTS = {"mlflow": 5000, "prefect": 4200}
 HEALTH = {"mlflow": "/health", "prefect": "/api/health"}
 STATE = "ui.json"
+# Where a person wants to begin; MLflow's front page is about traces of language-model calls.
+PAGES = {"mlflow": "/#/experiments?workflowType=machine_learning", "prefect": "/runs"}
 
 
 def prefect_environment(var: Var) -> dict[str, str]:
@@ -35,6 +37,19 @@ def prefect_environment(var: Var) -> dict[str, str]:
         "PREFECT_CLI_COLORS": "false",
     }
     return {name: value for name, value in usual.items() if name not in os.environ}
+
+
+def create_databases(var: Var) -> None:
+    """Create the two databases ahead of the first run, which would wait for them.
+
+    Raises:
+        EnvironmentProblem: Prefect's could not be created.
+    """
+    _ = Forwarder(tracking_uri(var), var.folder("mlflow-artifacts")).client
+    command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+    made = subprocess.run(command, env={**os.environ, **prefect_environment(var)}, capture_output=True, text=True)
+    if made.returncode:
+        raise EnvironmentProblem("Prefect's database cannot be created", where=str(var.path), have=made.stderr.strip())
 
 
 def running(var: Var) -> dict[str, str]:
@@ -149,3 +164,7 @@ def _wait_for(name: str, url: str, child: subprocess.Popen, log: Path, seconds: 
             break
         time.sleep(0.2)
     raise EnvironmentProblem(f"the {name} server does not come up", where=str(log), have=last_lines(log))
+
+
+if __name__ == "__main__":
+    create_databases(Var(project_root()))

@@ -116,13 +116,17 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(finished: Path, tmp_pa
     assert list((partial / "checkpoints").glob("checkpoint-*/trainer_state.json"))
 
 
-def test_a_step_killed_alone_is_a_failed_step_with_a_way_out(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["the worker", "the step it forked"])
+def test_a_step_killed_alone_is_a_failed_step_with_a_way_out(finished: Path, tmp_path: Path, victim: str) -> None:
     root = copy_without(finished, tmp_path / "project", "reward")
     running = start(root, "reward")
     wait_for(lambda: training_step(root, "reward") >= 1)
-    for child in psutil.Process(running.pid).children():
-        if "steps.worker" in " ".join(child.cmdline()):
-            child.kill()
+    below = psutil.Process(running.pid).children(recursive=True)
+    workers = [process for process in below if "steps.worker" in " ".join(process.cmdline())]
+    parents = {process.ppid() for process in workers}
+    is_worker = {process: process.pid in parents for process in workers}
+    assert sorted(is_worker.values()) == [False, True]
+    next(process for process, forks in is_worker.items() if forks == (victim == "the worker")).kill()
     output, _ = running.communicate(timeout=60)
     assert running.returncode == 1
     assert "was killed (SIGKILL" in output

@@ -7,20 +7,25 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from steps import launch
 from steps.config import Launch
 from steps.errors import DataError, Interrupted, PrefloopError, StepFailed, StepKilled
-from steps.launch import last_lines, launcher, process, stop_requested, thread_environment
-from steps.run import execute
+from steps.launch import Here, Process, last_lines, launcher, stop_requested, thread_environment
 
+Failure = Callable[[str], PrefloopError]
 REPOSITORY = Path(__file__).parents[2]
 
 WORK = """\
+print("imported, loudly")
 import os, signal, sys, time
 from pathlib import Path
 from steps.errors import DataError, Interrupted
@@ -30,7 +35,7 @@ from steps.launch import stop_requested
 def well(*, seed, out, tracker, **inputs):
     tracker.metrics({"seed": seed}, 1)
     print("all is well")
-    return {"pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]}
+    return {"pid": os.getpid(), "parent": os.getppid(), "threads": os.environ["OMP_NUM_THREADS"]}
 
 
 def killed(*, seed, out, tracker):
@@ -75,17 +80,32 @@ def asked(partial: Path, name: str) -> Path:
     return partial
 
 
-def failure(partial: Path, name: str) -> PrefloopError:
-    with pytest.raises(PrefloopError) as caught:
-        process(asked(partial, name))
-    return caught.value
+@pytest.fixture
+def process(partial: Path) -> Iterator[Process]:
+    work = Process()
+    yield work
+    work.close()
+
+
+@pytest.fixture
+def failure(partial: Path, process: Process) -> Callable[[str], PrefloopError]:
+    """What the launcher raises when a function of `faraway` is run."""
+
+    def fail(name: str) -> PrefloopError:
+        with pytest.raises(PrefloopError) as caught:
+            process(asked(partial, name))
+        return caught.value
+
+    return fail
 
 
 # -- in a process of its own -------------------------------------------------------------------------------------
 
 
 def test_a_step_leaves_facts_journal_and_log(partial: Path) -> None:
-    process(asked(partial, "well"), threads=3)
+    work = Process(threads=3)
+    work(asked(partial, "well"))
+    work.close()
     facts = json.loads((partial / "facts.json").read_text())
     assert facts["threads"] == "3"
     assert facts["pid"] != os.getpid()
@@ -93,8 +113,8 @@ def test_a_step_leaves_facts_journal_and_log(partial: Path) -> None:
     assert "all is well" in (partial / "log.txt").read_text()
 
 
-def test_a_killed_step_says_so_with_the_end_of_its_log(partial: Path) -> None:
-    error = failure(partial, "killed")
+def test_a_killed_step_says_so_with_the_end_of_its_log(partial: Path, failure: Failure) -> None:
+    error = failure("killed")
     assert type(error) is StepKilled
     text = str(error)
     assert "SIGKILL" in text
@@ -104,14 +124,14 @@ def test_a_killed_step_says_so_with_the_end_of_its_log(partial: Path) -> None:
     assert "goes on at its newest checkpoint" in text
 
 
-def test_what_a_step_raises_is_raised_here(partial: Path) -> None:
-    error = failure(partial, "raising")
+def test_what_a_step_raises_is_raised_here(partial: Path, failure: Failure) -> None:
+    error = failure("raising")
     assert type(error) is DataError
     assert (error.what, error.where, error.have, error.then) == ("no rows", "here.parquet", "nothing", "add some")
 
 
-def test_a_crash_is_told_with_its_type_and_the_place_of_its_traceback(partial: Path) -> None:
-    error = failure(partial, "crashing")
+def test_a_crash_is_told_with_its_type_and_the_place_of_its_traceback(partial: Path, failure: Failure) -> None:
+    error = failure("crashing")
     assert type(error) is StepFailed
     text = str(error)
     assert text.startswith("ZeroDivisionError: division by zero")
@@ -119,61 +139,111 @@ def test_a_crash_is_told_with_its_type_and_the_place_of_its_traceback(partial: P
     assert "return 1 / 0" in text
 
 
-def test_a_step_that_leaves_without_a_word_is_told_with_its_status(partial: Path) -> None:
-    error = failure(partial, "leaving")
+def test_a_step_that_leaves_without_a_word_is_told_with_its_status(partial: Path, failure: Failure) -> None:
+    error = failure("leaving")
     assert type(error) is StepFailed
     assert "ended with status 3" in str(error)
     assert "goodbye" in str(error)
 
 
-def test_an_error_of_an_earlier_try_is_not_taken_for_that_of_this_one(partial: Path) -> None:
-    failure(partial, "raising")
-    assert type(failure(partial, "killed")) is StepKilled
+def test_an_error_of_an_earlier_try_is_not_taken_for_that_of_this_one(
+    partial: Path, process: Process, failure: Failure
+) -> None:
+    failure("raising")
+    assert type(failure("killed")) is StepKilled
     process(asked(partial, "well"))
     assert not (partial / "error.json").exists()
 
 
-def test_a_function_that_is_not_there_is_a_failed_step(partial: Path) -> None:
-    assert "AttributeError" in str(failure(partial, "nowhere"))
+def test_a_function_that_is_not_there_is_a_failed_step(partial: Path, failure: Failure) -> None:
+    assert "AttributeError" in str(failure("nowhere"))
 
 
-def test_an_interrupted_launch_asks_its_step_to_end_and_waits_for_it(
-    partial: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waits = subprocess.Popen.wait
+def test_steps_are_forked_from_one_process(partial: Path, process: Process) -> None:
+    process(asked(partial, "well"))
+    first = json.loads((partial / "facts.json").read_text())
+    process(asked(partial, "well"))
+    second = json.loads((partial / "facts.json").read_text())
+    assert first["parent"] == second["parent"] != os.getpid()
+    assert first["pid"] != second["pid"]
 
-    def interrupted(self: subprocess.Popen, timeout: float | None = None) -> int:
-        if timeout is None:
-            while not (partial / "begun").is_file() or not (partial / "begun").read_text():
-                time.sleep(0.02)
-            raise KeyboardInterrupt
-        return waits(self, timeout)
 
-    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        process(asked(partial, "patient"))
+def test_modules_are_imported_ahead_and_a_missing_one_is_the_steps_own_matter(partial: Path, process: Process) -> None:
+    process.prepare(["faraway", "nowhere.at.all"])
+    process(asked(partial, "well"))
+    assert (partial / "facts.json").is_file()
+
+
+def test_an_interrupted_launch_asks_its_step_to_end_and_waits_for_it(partial: Path) -> None:
+    script = f"""
+from pathlib import Path
+from steps.launch import Process
+try:
+    Process()(Path({str(partial)!r}))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    asked(partial, "patient")
+    running = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    wait_for(partial / "begun")
+    running.send_signal(signal.SIGINT)
+    output, _ = running.communicate(timeout=30)
+    assert output == "interrupted\n"
     with pytest.raises(ProcessLookupError):
         os.kill(int((partial / "begun").read_text()), 0)
     assert json.loads((partial / "error.json").read_text())["kind"] == Interrupted.__name__
+
+
+def test_a_step_dies_with_the_process_it_was_forked_from(partial: Path) -> None:
+    process, told = Process(), []
+    asked(partial, "patient")
+
+    def run() -> None:
+        try:
+            process(partial)
+        except StepKilled as error:
+            told.append(error)
+
+    running = threading.Thread(target=run)
+    running.start()
+    wait_for(partial / "begun")
+    process._worker.kill()
+    running.join(30)
+    assert "SIGKILL" in str(told[0])
+    with suppress(psutil.NoSuchProcess):
+        orphan = psutil.Process(int((partial / "begun").read_text()))
+        wait_until(lambda: not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE)
 
 
 def test_a_step_that_does_not_end_when_asked_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "GRACE", 0.2)
     ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     script = f"{ignore}; print('deaf', flush=True); time.sleep(60)"
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-    assert child.stdout.readline() == b"deaf\n"
-    launch.end(child)
-    assert child.returncode == -signal.SIGKILL
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "deaf\n"
+    launch.end(child.pid, child)
+    assert child.wait() == -signal.SIGKILL
     child.stdout.close()
+
+
+def wait_for(file: Path) -> None:
+    wait_until(lambda: file.is_file() and file.read_text())
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
 
 
 # -- around it ---------------------------------------------------------------------------------------------------
 
 
 def test_the_recipe_chooses_the_launcher(partial: Path) -> None:
-    assert launcher(Launch(launcher="here")) is execute
-    launcher(Launch(launcher="process", threads=2))(asked(partial, "well"))
+    assert isinstance(launcher(Launch(launcher="here")), Here)
+    work = launcher(Launch(launcher="process", threads=2))
+    work(asked(partial, "well"))
     assert json.loads((partial / "facts.json").read_text())["threads"] == "2"
 
 
