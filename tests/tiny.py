@@ -8,6 +8,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
+from steps.datasets import Dataset
+from steps.ingest import ingest
+from steps.validate import validate
+
 REPOSITORY = Path(__file__).parents[1]
 GOOD = ("good", "warm", "fine", "bright", "kind")
 BAD = ("bad", "cold", "dull", "grim", "rude")
@@ -60,6 +66,47 @@ def write_rows(rows: list[dict], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+Files = dict[str, bytes | list[dict]]
+
+
+def lay(files: Files, folder: Path) -> Path:
+    """Source files as they are given, lists of records as JSON lines."""
+    for name, content in files.items():
+        if isinstance(content, list):
+            write_rows(content, folder / name)
+        else:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+    return folder
+
+
+def entry(files: Files, **settings: object) -> Dataset:
+    """A dataset of preferences, one role a file, unless the settings say otherwise."""
+    named = {f"role{number}": name for number, name in enumerate(files)}
+    return Dataset.model_validate({"format": "preferences", "source": {"files": named}, **settings})
+
+
+def ingested(files: Files, folder: Path, **settings: object) -> list[dict]:
+    """Canonical rows of source files, by way of the table on disk."""
+    source = lay(files, folder / "source")
+    source.mkdir(parents=True, exist_ok=True)
+    ingest(entry(files, **settings), source, folder / "rows.parquet", folder / "downloads")
+    return pq.read_table(folder / "rows.parquet").to_pylist()
+
+
+def validated(files: Files, folder: Path, **settings: object) -> tuple[list[dict], list[dict], dict]:
+    """Valid rows, rows in quarantine and the counts; what is true of every result is asserted on the way."""
+    rows = ingested(files, folder, **settings)
+    counts = validate(entry(files, **settings), folder, folder / "source", folder)
+    valid, bad = (pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("valid", "quarantine"))
+    assert (counts["read"], counts["valid"], counts["quarantined"]) == (len(rows), len(valid), len(bad))
+    places = [[(row["file"], row["line"], row["part"]) for row in table] for table in (rows, valid, bad)]
+    assert sorted(places[1] + places[2]) == sorted(places[0])
+    assert len(set(places[0])) == len(places[0])
+    assert all(row["reasons"] and row["raw"] is not None for row in bad)
+    return valid, bad, counts
 
 
 REGISTRY = """\

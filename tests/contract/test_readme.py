@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-import yaml
 
 README = (tiny.REPOSITORY / "README.md").read_text(encoding="utf-8")
 
@@ -27,17 +26,12 @@ def shown() -> list[str]:
 
 @pytest.fixture(scope="module")
 def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny project that calls itself `reviews`, and has data `mine` as the README has one add it."""
+    """A tiny project that calls itself `reviews`, with a file of pairs for the README to add."""
     root = tiny.make_project(tmp_path_factory.mktemp("readme") / "project")
     (root / "recipes/tiny.yaml").rename(root / "recipes/reviews.yaml")
     recipe = (root / "recipes/reviews.yaml").read_text().replace("name: tiny", "name: reviews")
     (root / "recipes/reviews.yaml").write_text(recipe.replace("{name: reviews}", "{name: tiny}"))
-    tiny.write_rows(tiny.preference_rows(300, seed=1), root / "data/mine/source/pairs.jsonl")
-    entry = re.search(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
-    assert entry, "the README shows a registry entry"
-    with (root / "data/datasets.yaml").open("a", encoding="utf-8") as registry:
-        registry.write(re.sub(r"^ {3}", "", entry.group(1), flags=re.MULTILINE).rstrip() + "\n")
-    assert set(yaml.safe_load((root / "data/datasets.yaml").read_text())["datasets"]) == {"tiny", "mine"}
+    tiny.write_rows(tiny.preference_rows(300, seed=1), root / "pairs.jsonl")
     return root
 
 
@@ -85,8 +79,8 @@ def test_the_ui_starts_prints_both_addresses_and_stops(reviews: Path) -> None:
     children = psutil.Process(running.pid).children(recursive=True)
     running.send_signal(signal.SIGINT)
     rest = running.communicate(timeout=60)[0]
-    assert re.match(r"mlflow +http://127\.0\.0\.1:\d+\n", said[1]), said
-    assert re.match(r"prefect +http://127\.0\.0\.1:\d+\n", said[2]), said
+    assert re.match(r"mlflow +http://127\.0\.0\.1:\d+/#/experiments", said[1]), said
+    assert re.match(r"prefect +http://127\.0\.0\.1:\d+/runs\n", said[2]), said
     assert "stopped" in rest
     assert children
     time.sleep(0.5)
@@ -100,3 +94,12 @@ def test_every_prefloop_command_is_in_the_readme() -> None:
     assert names == {"run", "step", "check", "ui", "doctor"}
     for name in names:
         assert f"prefloop {name}" in README
+
+
+def test_every_data_command_is_in_the_data_readme() -> None:
+    from flows.data import app
+
+    told = (tiny.REPOSITORY / "data/README.md").read_text(encoding="utf-8")
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    for name in names:
+        assert f"prefloop data {name}" in told, name

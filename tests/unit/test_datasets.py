@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from steps.datasets import dataset, names, write_metrics, write_table
+from steps.datasets import Source, dataset, names, write_metrics, write_table
 from steps.errors import DataError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -36,7 +36,8 @@ def refusal(root: Path, text: str, name: str = "mine") -> str:
 def test_every_dataset_of_the_repository_is_valid() -> None:
     assert names(REPOSITORY)
     for name in names(REPOSITORY):
-        assert dataset(name, REPOSITORY).source.files
+        entry = dataset(name, REPOSITORY)
+        assert entry.source.files or entry.source.hub
 
 
 def test_an_entry_has_defaults(tmp_path: Path) -> None:
@@ -69,9 +70,17 @@ def test_a_missing_registry_is_a_data_error(tmp_path: Path) -> None:
         (("format: preferences", "format: gossip"), "format"),
         (("format: preferences", "format: rated_sentences"), "{topic}"),
         (("{files:", "{pypi: 'a==1', files:"), "needs its sha256"),
-        (("{files:", "{sha256: abc, files:"), "source.sha256"),
+        (("{files:", "{sha256: abc, files:"), "is not a sha256"),
         (("{files:", "{pypi: 'a>=1', files:"), "source.pypi"),
-        (("{files: {pairs: pairs.jsonl}}", "{}"), "source.files"),
+        (("{files: {pairs: pairs.jsonl}}", "{}"), "give either `files` or `hub`"),
+        (("{files:", "{hub: a/b, files:"), "give either `files` or `hub`"),
+        (("{files: {pairs: pairs.jsonl}}", "{hub: a/b, revision: main}"), "source.revision"),
+        (("{files: {", "{sha256: " + "a" * 64 + ", files: {more: m.jsonl, "), "a sha256 each"),
+        (("{files:", "{sha256: {other: " + "a" * 64 + "}, files:"), "none of `files`"),
+        (("{files:", "{sha256: {pairs: abc}, files:"), "is not a sha256"),
+        (("format:", "rules: {checks: {empty: loudly}}\n    format:"), "rules.checks.empty"),
+        (("format:", "rules: {max_chars: 0}\n    format:"), "rules.max_chars"),
+        (("{files: {pairs: pairs.jsonl}}", "{hub: a/b, revision: " + "a" * 40 + ", split: test}"), None),
         (("datasets:\n", "datasets:\n"), None),
     ],
 )
@@ -83,6 +92,21 @@ def test_an_entry_that_is_not_valid_is_refused_by_path(
         assert dataset("mine", registry(tmp_path, text))
     else:
         assert said in refusal(tmp_path, text)
+
+
+def test_a_check_is_set_by_a_word_or_with_a_threshold(tmp_path: Path) -> None:
+    text = ENTRY + "    rules: {checks: {empty: warn, length_bias: {severity: stop, threshold: 0.7}}}\n"
+    rules = dataset("mine", registry(tmp_path, text)).rules
+    assert (rules.of("empty").severity, rules.of("empty").threshold) == ("warn", None)
+    assert (rules.of("length_bias").severity, rules.of("length_bias").threshold) == ("stop", 0.7)
+    assert (rules.of("mojibake").severity, rules.of("mojibake").threshold) == (None, None)
+
+
+def test_a_digest_is_of_its_file_or_of_the_one_there_is() -> None:
+    one, each = "0" * 64, {"a": "1" * 64}
+    assert Source(files={"a": "a"}, sha256=one).digest_of("a") == one
+    several = Source(files={"a": "a", "b": "b"}, sha256=each)
+    assert (several.digest_of("a"), several.digest_of("b")) == ("1" * 64, None)
 
 
 def test_unknown_keys_and_shares_without_gold_are_all_reported(tmp_path: Path) -> None:

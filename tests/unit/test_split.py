@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import tiny
 from hypothesis import given
@@ -13,7 +16,20 @@ from hypothesis import strategies as st
 
 from steps.datasets import Dataset, Split
 from steps.errors import DataError
-from steps.split import TOPIC_ROWS, USES, agreement, pairs_of, part_of, split, texts_of, topics, unit_hash
+from steps.rows import SCHEMA
+from steps.split import (
+    COLUMNS,
+    TOPIC_ROWS,
+    USES,
+    agreement,
+    main,
+    pairs_of,
+    part_of,
+    split,
+    texts_of,
+    topics,
+    unit_hash,
+)
 
 SHARES = Split(seed=0, demonstrations=0.2, preferences=0.35, held_out=0.25)
 NOUNS = ("ocean", "castle", "garden", "robot", "winter", "violin", "harbour", "desert", "mirror", "forest")
@@ -24,9 +40,44 @@ def preferences_entry(shares: Split = SHARES) -> Dataset:
     return Dataset(format="preferences", source={"files": {"pairs": "p.jsonl"}}, split=shares)
 
 
+def canonical(rows: list[dict]) -> pd.DataFrame:
+    """Rows as validation leaves them, with what they do not say left empty."""
+    told = [
+        {"row_id": f"id{number:04}", "file": "f", "line": number + 1, "part": 0, **row}
+        for number, row in enumerate(rows)
+    ]
+    table = pa.Table.from_pylist(told, schema=pa.schema([SCHEMA.field(name) for name in COLUMNS]))
+    return table.to_pandas()
+
+
 def preference_rows(prompts: int = 120) -> pd.DataFrame:
-    rows = pd.DataFrame(tiny.preference_rows(prompts))
-    return rows.assign(row_id=[f"id{number:04}" for number in range(len(rows))], line=range(1, len(rows) + 1))
+    return canonical([{"kind": "pair", **row} for row in tiny.preference_rows(prompts)])
+
+
+def scored_rows(prompts: int = 60) -> pd.DataFrame:
+    """Four rated answers a prompt, two of them rated the same."""
+    return canonical(
+        [
+            {"kind": "rated", "prompt": f"p{number}", "answer": f"{number} answer {place}", "score": min(place, 2)}
+            for number in range(prompts)
+            for place in range(4)
+        ]
+    )
+
+
+def mixed_rows() -> pd.DataFrame:
+    """Pairs, demonstrations and prompts, some of the same prompts."""
+    pairs = [{"kind": "pair", **row} for row in tiny.preference_rows(120)]
+    demonstrations = [
+        {"kind": "demonstration", "prompt": pair["prompt"], "answer": f"shown {number}"}
+        for number, pair in enumerate(pairs[::3])
+    ]
+    demonstrations += [{"kind": "demonstration", "prompt": f"new {n}", "answer": f"new {n}"} for n in range(40)]
+    demonstrations += [
+        {"kind": "demonstration", "prompt": f"said {n}", "answer": pairs[n]["chosen"]} for n in range(40)
+    ]
+    asked = [{"kind": "prompt", "prompt": pair["prompt"]} for pair in pairs[::20]]
+    return canonical([*pairs, *demonstrations, *asked, *({"kind": "prompt", "prompt": f"only {n}"} for n in range(9))])
 
 
 def rated_entry(shares: Split = SHARES) -> Dataset:
@@ -42,26 +93,20 @@ def rated_rows(count: int = 400) -> pd.DataFrame:
         like = bool(draw.integers(2))
         ratings = [float(value) for value in draw.integers(1, 5, size=4) * (1 if like else -1)]
         words = f"{draw.choice(MOODS[not like])} {draw.choice(NOUNS)} {draw.choice(MOODS[not like])} number {number}"
-        rows.append(
-            {
-                "row_id": f"id{number:04}",
-                "line": number + 1,
-                "answer": words,
-                "score": float(np.mean(ratings)),
-                "ratings": ratings,
-            }
-        )
-    return pd.DataFrame(rows)
+        rows.append({"kind": "rated", "answer": words, "score": float(np.mean(ratings)), "ratings": ratings})
+    return canonical(rows)
 
 
 CASES = {
     "preferences": (preference_rows, preferences_entry),
+    "scored": (scored_rows, preferences_entry),
+    "mixed": (mixed_rows, preferences_entry),
     "rated_sentences": (rated_rows, lambda: rated_entry(Split(seed=1, **SHARES.model_dump(exclude={"seed"})))),
 }
 
 
 def parts_of(kind: str) -> dict[str, pd.DataFrame]:
-    """The four parts that may share nothing."""
+    """The parts that may share nothing, and the prompts, which are held out."""
     rows, entry = CASES[kind][0](), CASES[kind][1]()
     tables = split(rows, entry)
     pairs = tables["preferences"]
@@ -70,6 +115,7 @@ def parts_of(kind: str) -> dict[str, pd.DataFrame]:
         "train": pairs[pairs["part"] == "train"],
         "held_out": pairs[pairs["part"] == "held_out"],
         "gold": tables["gold"],
+        "prompts": tables["prompts"],
     }
 
 
@@ -115,10 +161,12 @@ def test_another_seed_deals_anew() -> None:
         ([1, 2], [1, 2], 0.5),
         ([3, 1], [2, 1], (1 + 1 + 0 + 0.5) / 4),
         ([4, 4, 4], [1, 5], 3 / 6),
+        ([4], None, float("nan")),
+        ([], [4], float("nan")),
     ],
 )
 def test_agreement_by_hand(chosen: list[float], rejected: list[float], expected: float) -> None:
-    assert agreement(chosen, rejected) == pytest.approx(expected)
+    assert agreement(chosen, rejected) == pytest.approx(expected, nan_ok=True)
 
 
 RATINGS = st.lists(st.integers(-4, 4), min_size=1, max_size=12)
@@ -243,14 +291,15 @@ def test_pairs_do_not_depend_on_the_order_of_rows() -> None:
 @pytest.mark.parametrize("kind", CASES)
 def test_no_prompt_stands_in_two_parts(kind: str) -> None:
     parts = parts_of(kind)
-    prompts = [set(parts[name]["prompt"]) for name in ("demonstrations", "train", "held_out")]
+    prompts = [set(parts[name]["prompt"]) for name in ("demonstrations", "train")]
+    prompts.append(set(parts["held_out"]["prompt"]) | set(parts["prompts"]["prompt"]))
     assert all(prompts)
     assert sum(map(len, prompts)) == len(set.union(*prompts))
 
 
 @pytest.mark.parametrize("kind", CASES)
 def test_no_text_stands_in_two_parts(kind: str) -> None:
-    texts = [texts_of(part) for part in parts_of(kind).values()]
+    texts = [texts_of(part) for name, part in parts_of(kind).items() if name != "prompts"]
     assert all(texts)
     assert sum(map(len, texts)) == len(set.union(*texts))
 
@@ -271,7 +320,8 @@ def test_the_prompts_are_those_held_out(kind: str) -> None:
     tables = split(rows, entry)
     pairs = tables["preferences"]
     assert tables["prompts"]["prompt"].is_unique
-    assert set(tables["prompts"]["prompt"]) == set(pairs[pairs["part"] == "held_out"]["prompt"])
+    asked = set(rows.loc[rows["kind"] == "prompt", "prompt"])
+    assert set(tables["prompts"]["prompt"]) == set(pairs[pairs["part"] == "held_out"]["prompt"]) | asked
     assert list(tables["prompts"]) == ["prompt"]
 
 
@@ -303,22 +353,110 @@ def test_the_ratings_of_gold_are_the_peoples_own() -> None:
 
 def test_a_sentence_without_a_topic_goes_to_gold() -> None:
     rows = rated_rows()
-    odd = {"row_id": "odd", "line": 999, "answer": "zyzzyva", "score": 1.0, "ratings": [1.0]}
-    tables = split(pd.concat([rows, pd.DataFrame([odd])]), CASES["rated_sentences"][1]())
+    odd = canonical([{"kind": "rated", "row_id": "odd", "answer": "zyzzyva", "score": 1.0, "ratings": [1.0]}])
+    tables = split(pd.concat([rows, odd]), CASES["rated_sentences"][1]())
     assert "odd" in set(tables["gold"]["row_id"])
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_an_empty_part_is_an_error_that_names_it(kind: str) -> None:
-    with pytest.raises(DataError) as caught:
-        split(CASES[kind][0]().head(1), CASES[kind][1]())
-    text = str(caught.value)
-    assert "the split leaves nothing for" in text
-    assert "1 rows" in text
-    assert "data/datasets.yaml" in text
+def test_no_row_at_all_is_an_error() -> None:
+    with pytest.raises(DataError, match="the split leaves nothing") as caught:
+        split(preference_rows().head(0), preferences_entry())
+    assert "0 rows" in str(caught.value)
+    assert "data/datasets.yaml" in str(caught.value)
 
 
-def test_a_part_whose_every_text_stands_in_another_is_an_error_too() -> None:
-    rows = preference_rows().assign(chosen="yes", rejected="no")
-    with pytest.raises(DataError, match="the split leaves nothing for"):
-        split(rows, preferences_entry())
+def test_a_text_everybody_says_is_left_to_the_part_that_is_served_first() -> None:
+    tables = split(preference_rows().assign(chosen="yes", rejected="no"), preferences_entry())
+    assert [len(tables[name]) > 0 for name in ("gold", "preferences", "demonstrations")] == [True, False, False]
+
+
+# -- what each kind of row is for --------------------------------------------------------------------------------
+
+
+def test_ties_are_never_compared() -> None:
+    rows = preference_rows()
+    rows["chosen"] += rows["row_id"]
+    rows["rejected"] += rows["row_id"]
+    rows["tie"] = [number % 2 == 0 for number in range(len(rows))]
+    ties = set(rows.loc[rows["tie"], "row_id"])
+    tables = split(rows, preferences_entry())
+    used = {*tables["preferences"]["chosen_id"], *tables["gold"]["row_id"], *tables["demonstrations"]["row_id"]}
+    assert used == set(rows["row_id"]) - ties
+
+
+def test_rated_answers_of_a_prompt_make_pairs_without_raw_ratings() -> None:
+    pairs = parts_of("scored")["train"]
+    assert (pairs["margin"] > 0).all()
+    assert pairs["agreement"].isna().all()
+    for pair in pairs.itertuples():
+        assert pair.chosen.split()[0] == pair.rejected.split()[0] == pair.prompt[1:]
+        assert min(int(pair.chosen[-1]), 2) - min(int(pair.rejected[-1]), 2) == pair.margin
+
+
+def test_prompts_without_answers_are_held_out_with_all_that_belongs_to_them() -> None:
+    rows, parts = mixed_rows(), parts_of("mixed")
+    asked = set(rows.loc[rows["kind"] == "prompt", "prompt"])
+    assert len(asked) == 21
+    assert asked <= set(parts["prompts"]["prompt"])
+    assert not asked & (set(parts["train"]["prompt"]) | set(parts["demonstrations"]["prompt"]))
+    compared = rows[(rows["kind"] == "pair") & rows["prompt"].isin(asked)]
+    assert not texts_of(compared) & texts_of(parts["train"])
+
+
+def test_demonstrations_alone_are_enough() -> None:
+    rows = canonical([{"kind": "demonstration", "prompt": f"p{n}", "answer": f"a{n}"} for n in range(200)])
+    tables = split(rows, preferences_entry())
+    shown = tables["demonstrations"]
+    assert 100 < len(shown) <= 200
+    assert (shown["completion"] == "a" + shown["prompt"].str[1:]).all()
+    assert tables["preferences"].empty
+    assert tables["gold"].empty
+
+
+def test_prompts_alone_are_enough() -> None:
+    rows = canonical([{"kind": "prompt", "prompt": f"p{n}"} for n in range(20)])
+    tables = split(rows, preferences_entry())
+    assert set(tables["prompts"]["prompt"]) == set(rows["prompt"])
+    assert all(tables[name].empty for name in ("demonstrations", "preferences", "gold"))
+
+
+def test_an_answer_thumbed_down_is_no_demonstration() -> None:
+    rows = canonical(
+        [{"kind": "rated", "prompt": f"p{n}", "answer": f"a{n}", "score": 1.0 if n % 2 else -1.0} for n in range(200)]
+    )
+    shown = split(rows, preferences_entry())["demonstrations"]
+    assert len(shown) > 5
+    assert all(int(answer[1:]) % 2 for answer in shown["completion"])
+
+
+def test_tables_keep_their_columns_whatever_is_in_them() -> None:
+    for rows in (preference_rows(), scored_rows(), mixed_rows()):
+        tables = split(rows, preferences_entry())
+        assert list(tables["demonstrations"]) == ["prompt", "completion", "row_id"]
+        assert list(tables["gold"]) == ["answer", "score", "row_id"]
+        assert list(tables["preferences"]) == [
+            "prompt",
+            "chosen",
+            "rejected",
+            "margin",
+            "agreement",
+            "chosen_id",
+            "rejected_id",
+            "part",
+        ]
+
+
+def test_the_stages_follow_each_other_and_name_rows_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "datasets.yaml").write_text(tiny.REGISTRY, encoding="utf-8")
+    valid, _, _ = tiny.validated({"pairs.jsonl": tiny.preference_rows()}, tmp_path / "data" / "tiny")
+    main("tiny")
+    tables = {
+        name: pd.read_parquet(tmp_path / "data" / "tiny" / f"{name}.parquet")
+        for name in ("demonstrations", "preferences", "prompts", "gold")
+    }
+    ids = {row["row_id"] for row in valid}
+    assert {*tables["preferences"]["chosen_id"], *tables["demonstrations"]["row_id"], *tables["gold"]["row_id"]} <= ids
+    counts = json.loads((tmp_path / "data" / "tiny" / "split.json").read_text())
+    assert {name: counts[name] for name in tables} == {name: len(table) for name, table in tables.items()}

@@ -1,244 +1,349 @@
-"""Validation: every planted fault found on its line, nothing lost, no false alarm."""
+"""Validation: nothing lost, every reason told, and no check that breaks lets a row pass."""
 
 from __future__ import annotations
 
+import gzip
 import json
+from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import tiny
 
+from steps import rows, validate
+from steps.checks import CHECKS, Check
 from steps.datasets import Rules
 from steps.errors import DataError
-from steps.ingest import preferences, rated_sentences
-from steps.validate import Check, failing_rows, normalised, validate
+from steps.validate import BOUNDS, check_settings, report_lines
 
-RULES = Rules(score_range=(-4, 4), min_raters=3)
-Faults = dict[int, list[str]]
-
-
-def rated(lines: list[tuple[str, str, str, str]]) -> pd.DataFrame:
-    """Rows from (id, score, text, raw ratings)."""
-    texts = "\n".join(f"{name}\t{score}\t{text}" for name, score, text, _ in lines)
-    ratings = "\n".join(f"{name}\t{score}\t0\t{raw}" for name, score, _, raw in lines)
-    files = {"texts": texts.encode(), "ratings": ratings.encode()}
-    return rated_sentences(files, {"texts": "t.txt", "ratings": "r.txt"})
+DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
+NOUNS = ("ocean", "castle", "garden", "robot", "winter", "violin", "harbour", "desert", "mirror", "forest")
 
 
-def preferred(*files: list[Any]) -> pd.DataFrame:
-    data = {
-        f"file{place}": b"\n".join(
-            line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode() for line in lines
-        )
-        for place, lines in enumerate(files)
-    }
-    return preferences(data, {role: f"{role}.jsonl" for role in data})
+def pairs(count: int = 30) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"Tell me of {NOUNS[n % 10]} {n}", "chosen": f"Good {n} {n % 2 * 'yes'}", "rejected": f"Bad {n} so"}
+        for n in range(count)
+    ]
 
 
-def checked(rows: pd.DataFrame, kind: str, rules: Rules = RULES) -> tuple[Faults, dict[str, int]]:
-    """Reasons by line, and the counts; what is true of every result is asserted on the way."""
-    valid, quarantine, counts = validate(rows, kind, rules)
-    assert len(valid) + len(quarantine) == len(rows)
-    assert (counts["read"], counts["valid"], counts["quarantined"]) == (len(rows), len(valid), len(quarantine))
-    places = [set(zip(part["file"], part["line"], strict=True)) for part in (valid, quarantine)]
-    assert not places[0] & places[1]
-    assert places[0] | places[1] == set(zip(rows["file"], rows["line"], strict=True))
-    assert list(valid) == list(rows)
-    reasons = sum(len(given) for given in quarantine["reasons"])
-    assert sum(counts.values()) - 2 * len(rows) == reasons  # read, valid and quarantined are 2 · read together
-    return dict(zip(quarantine["line"], quarantine["reasons"], strict=True)), counts
+CONTROL = {"prompt": "p\x07", "chosen": "a", "rejected": "b"}
+PERSONAL = {"prompt": "Mail jo@example.org", "chosen": "a", "rejected": "b"}
+BROKEN = b"{broken"
 
 
-# -- what is the same text ---------------------------------------------------------------------------------------
+def jsonl(*records: Any) -> tiny.Files:
+    lines = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
+    return {"p.jsonl": b"\n".join(lines)}
 
 
-@pytest.mark.parametrize(
-    "text", ["A fine film", "a  FINE\tfilm ", '"A fine film."', "A fine film!!", "Ａ ｆｉｎｅ ｆｉｌｍ"]
-)
-def test_case_width_spaces_and_outer_punctuation_do_not_count(text: str) -> None:
-    assert normalised(text) == "a fine film"
+# -- nothing is lost ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["A fine, film", "A fine films", "Afine film"])
-def test_other_differences_count(text: str) -> None:
-    assert normalised(text) != "a fine film"
+def test_quarantine_keeps_text_line_and_every_reason(tmp_path: Path) -> None:
+    bad = '{"prompt":  "é \\u0007",\t"chosen": "same", "rejected": "Same", "margin": -2}  '
+    valid, quarantine, counts = tiny.validated(jsonl(*pairs()[:9], bad.encode(), *pairs()[9:]), tmp_path)
+    (row,) = quarantine
+    assert (row["line"], row["raw"], row["chosen"]) == (10, bad, "same")
+    assert [reason.partition(": ")[0] for reason in row["reasons"]] == [
+        "encoding",
+        "same_sides",
+        "label_against_score",
+    ]
+    assert len(valid) == 30
+    assert [counts["checks"][name]["rows"] for name in ("encoding", "same_sides", "mojibake")] == [1, 1, 0]
+    assert counts["examples"]["same_sides"] == ["p.jsonl line 10: chosen and rejected are the same"]
 
 
-@pytest.mark.parametrize("text", [None, float("nan"), 3])
-def test_what_is_no_text_has_no_normal_form(text: object) -> None:
-    assert normalised(text) is None
-
-
-# -- rated sentences ---------------------------------------------------------------------------------------------
-
-CLEAN = [
-    ("1", "2.0", "A fine film.", "[1, 2, 3]"),
-    ("2", "-4", "Dreadful; I left.", "[-4, -4, -4]"),
-    ("3", "4", "Naïve “quotes” — and\u00a0spaces…", "[4, 4, 4, 4]"),
-    ("4", "0.333", "Neither here nor there 🙂", "[0, 0, 1]"),
-    ("5", "2.0", "A fine film, that.", "[1, 2, 3]"),
-]
-
-
-def test_clean_sentences_raise_no_alarm() -> None:
-    faults, counts = checked(rated(CLEAN), "rated_sentences")
-    assert faults == {}
-    assert counts["valid"] == len(CLEAN)
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (("9", "2.0", "", "[1, 2, 3]"), "answer is empty"),
-        (("9", "2.0", "   ", "[1, 2, 3]"), "answer is empty"),
-        (("9", "2.0", "a \x07 bell", "[1, 2, 3]"), "answer holds control or replacement characters"),
-        (("9", "2.0", "lost \ufffd letter", "[1, 2, 3]"), "answer holds control or replacement characters"),
-        (("9", "much", "Another film", "[1, 2, 3]"), "score is missing"),
-        (("9", "1.5", "Another film", "[1, 2]"), "fewer than 3 raters"),
-        (("9", "2.5", "Another film", "[1, 2, 3]"), "score is not the mean of the raw ratings"),
-        (("9", "5.0", "Another film", "[5, 5, 5]"), "score outside -4 to 4"),
-        (("9", "-4.1", "Another film", "[-4.1, -4.1, -4.1]"), "score outside -4 to 4"),
-        (("9", "2.0", "a FINE film", "[1, 2, 3]"), "repeats t.txt line 1"),
-    ],
-)
-def test_each_fault_of_a_sentence_is_found_alone_and_on_its_line(line: tuple, reason: str) -> None:
-    assert checked(rated([*CLEAN, line]), "rated_sentences")[0] == {len(CLEAN) + 1: [reason]}
-
-
-def test_a_fault_in_the_middle_leaves_its_neighbours_alone() -> None:
-    lines = [*CLEAN[:2], ("9", "9", "Another film", "[9, 9, 9]"), *CLEAN[2:]]
-    assert checked(rated(lines), "rated_sentences")[0] == {3: ["score outside -4 to 4"]}
-
-
-def test_a_sentence_without_a_text_is_found() -> None:
-    rows = rated_sentences(
-        {"texts": b"1\t2.0\tA fine film.\n2\t2.0", "ratings": b"1\t2\t0\t[1,2,3]\n2\t2\t0\t[1,2,3]"},
-        {"texts": "t.txt", "ratings": "r.txt"},
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_the_size_of_a_chunk_changes_nothing(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = jsonl(
+        *pairs(8), CONTROL, PERSONAL, pairs()[2], BROKEN, {**pairs()[5], "chosen": "Bad 5 so", "rejected": "Good 5 yes"}
     )
-    faults, _ = checked(rows, "rated_sentences")
-    assert set(faults) == {2}
-    assert "answer is missing" in faults[2]
+    whole = tiny.validated(files, tmp_path / "whole", rules={"checks": {"quarantined": "off"}})
+    for module in (rows, validate, __import__("steps.ingest").ingest, __import__("steps.overview").overview):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+    parts = tiny.validated(files, tmp_path / "parts", rules={"checks": {"quarantined": "off"}})
+    assert len(whole[1]) == 5
+    assert parts == whole
 
 
-def test_all_faults_of_a_sentence_are_told() -> None:
-    faults, counts = checked(rated([*CLEAN, ("9", "9", "", "[1]")]), "rated_sentences")
-    assert set(faults[6]) == {
-        "answer is empty",
-        "fewer than 3 raters",
-        "score is not the mean of the raw ratings",
-        "score outside -4 to 4",
+def test_valid_rows_hold_warnings_and_no_raw_text(tmp_path: Path) -> None:
+    valid, _, _ = tiny.validated(jsonl(*pairs(), PERSONAL), tmp_path)
+    assert all("raw" not in row for row in valid)
+    assert [row["warnings"] for row in valid[:-1]] == [[]] * 30
+    assert valid[-1]["warnings"] == ["personal: prompt holds what looks like an e-mail address"]
+
+
+@pytest.mark.parametrize("records", [(), (BROKEN, b"3", b"words")])
+def test_no_valid_row_is_an_error_after_all_is_written(records: tuple[bytes, ...], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is fit to learn from"):
+        tiny.validated(jsonl(*records), tmp_path)
+    assert pq.read_table(tmp_path / "quarantine.parquet").num_rows == len(records)
+    assert json.loads((tmp_path / "validation.json").read_text())["read"] == len(records)
+
+
+def test_raw_text_is_found_in_every_kind_of_file(tmp_path: Path) -> None:
+    files: tiny.Files = {
+        "a.csv": b'prompt,chosen,rejected\nq,"x\ny",z\nq,"a ""b""",\n',
+        "b.json": json.dumps([*pairs(5), {"prompt": "p", "chosen": "é"}]).encode(),
+        "c.jsonl.gz": gzip.compress(b'\n\n{"prompt": "p", "chosen": "\xe9"}'),
     }
-    assert counts["fewer than 3 raters"] == counts["answer is empty"] == 1
-    assert counts["score is missing"] == 0
+    _, bad, _ = tiny.validated(files, tmp_path, rules={"checks": {"quarantined": "off", "source_imbalance": "off"}})
+    assert [(row["file"], row["line"], row["raw"]) for row in bad] == [
+        ("a.csv", 4, 'q,"a ""b""",'),
+        ("b.json", 6, '{"prompt": "p", "chosen": "é"}'),
+        ("c.jsonl.gz", 3, '{"prompt": "p", "chosen": "é"}'),
+    ]
 
 
-def test_without_rules_any_score_and_number_of_raters_will_do() -> None:
-    faults, _ = checked(rated([*CLEAN, ("9", "90", "Another film", "[90]")]), "rated_sentences", Rules())
-    assert faults == {}
+def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        tiny.validated(jsonl(*pairs(), CONTROL, PERSONAL), tmp_path / name)
+    for table in ("valid.parquet", "quarantine.parquet"):
+        assert (tmp_path / "one" / table).read_bytes() == (tmp_path / "two" / table).read_bytes()
 
 
-def test_every_repetition_names_the_first() -> None:
-    lines = [CLEAN[0], CLEAN[1], CLEAN[0], CLEAN[1], CLEAN[0]]
-    faults, counts = checked(rated(lines), "rated_sentences")
-    assert faults == {3: ["repeats t.txt line 1"], 4: ["repeats t.txt line 2"], 5: ["repeats t.txt line 1"]}
-    assert counts["repeats"] == 3
+# -- severities and thresholds -----------------------------------------------------------------------------------
 
 
-# -- preferences -------------------------------------------------------------------------------------------------
-
-PAIRS = [
-    {"prompt": "p one", "chosen": "good", "rejected": "bad"},
-    {"prompt": "p one", "chosen": "better", "rejected": "bad", "margin": 0},
-    {"prompt": "p two", "chosen": "good", "rejected": "bad", "margin": 2.5},
-    {"prompt": "p two\nline", "chosen": "tab\tand\r\nlines", "rejected": "naïve 🙂"},
-]
-PAIR = {"prompt": "p three", "chosen": "good", "rejected": "bad"}
-
-
-def test_clean_pairs_raise_no_alarm() -> None:
-    assert checked(preferred(PAIRS), "preferences")[0] == {}
-
-
-def test_a_hundred_clean_pairs_raise_no_alarm_but_for_repetitions() -> None:
-    rows = tiny.preference_rows(60)
-    texts = [json.dumps([row["prompt"], row["chosen"], row["rejected"]]) for row in rows]
-    repeated = {place + 1 for place, text in enumerate(texts) if text in texts[:place]}
-    assert set(checked(preferred(rows), "preferences")[0]) == repeated
+@pytest.mark.parametrize("severity", ["quarantine", "warn", "off", None])
+@pytest.mark.parametrize(("check", "fault"), [("encoding", CONTROL), ("personal", PERSONAL)])
+def test_the_registry_says_what_is_done_about_a_row(
+    check: str, fault: dict[str, str], severity: str | None, tmp_path: Path
+) -> None:
+    rules = {"checks": {check: severity}} if severity else {}
+    valid, bad, counts = tiny.validated(jsonl(*pairs(), fault), tmp_path, rules=rules)
+    done = severity or CHECKS[check].severity
+    assert [row["line"] for row in bad] == ([31] if done == "quarantine" else [])
+    assert [row["line"] for row in valid if row["warnings"]] == ([31] if done == "warn" else [])
+    assert counts["checks"].get(check) == (None if done == "off" else {"rows": 1, "severity": done})
 
 
 @pytest.mark.parametrize(
-    ("line", "reasons"),
+    ("check", "fault"),
     [
-        ({**PAIR, "prompt": " "}, ["prompt is empty"]),
-        ({**PAIR, "chosen": ""}, ["chosen is empty"]),
-        ({**PAIR, "rejected": "\t\n"}, ["rejected is empty"]),
-        ({"prompt": "p", "chosen": "c"}, ["rejected is missing"]),
-        ({"chosen": "c", "rejected": "r"}, ["prompt is missing"]),
-        ({**PAIR, "chosen": "a\x00b"}, ["chosen holds control or replacement characters"]),
-        ({**PAIR, "prompt": "a\ufffdb"}, ["prompt holds control or replacement characters"]),
-        ({**PAIR, "rejected": "Good!"}, ["chosen and rejected are the same"]),
-        ({**PAIR, "margin": -0.5}, ["margin is negative"]),
-        ({**PAIR, "margin": "2"}, ["could not be read: margin not a number"]),
-        ({**PAIR, "margin": True}, ["could not be read: margin not a number"]),
-        ({**PAIR, "prompt": "P ONE"}, ["repeats file0.jsonl line 1"]),
+        ("encoding", CONTROL),
+        ("personal", PERSONAL),
+        ("unreadable", BROKEN),
+        ("turns", b'{"chosen": [], "rejected": []}'),
     ],
 )
-def test_each_fault_of_a_pair_is_found_alone_and_on_its_line(line: dict[str, Any], reasons: list[str]) -> None:
-    assert checked(preferred([*PAIRS, line]), "preferences")[0] == {len(PAIRS) + 1: reasons}
+def test_a_check_that_stops_names_the_rows_after_all_is_written(check: str, fault: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"a rule that stops: {check}") as caught:
+        tiny.validated(jsonl(*pairs(), fault), tmp_path, rules={"checks": {check: "stop"}})
+    assert "p.jsonl line 31" in str(caught.value)
+    assert (tmp_path / "validation.html").is_file()
+    assert json.loads((tmp_path / "validation.json").read_text())["checks"][check]["rows"] == 1
 
 
-def test_a_line_that_could_not_be_read_keeps_its_reason_whatever_stands_in_it() -> None:
-    faults, counts = checked(preferred([*PAIRS, b'{"prompt": {broken} %s', b"[]"]), "preferences")
-    assert set(faults) == {5, 6}
-    assert faults[5][0].startswith("could not be read: not JSON")
-    assert faults[6][0] == "could not be read: not a JSON object"
-    assert counts["could not be read"] == 2
+def test_a_check_that_stops_and_finds_nothing_stops_nothing(tmp_path: Path) -> None:
+    stops = dict.fromkeys((*CHECKS, *BOUNDS), "stop")
+    assert tiny.validated(jsonl(*pairs()), tmp_path, rules={"checks": stops})[2]["valid"] == 30
 
 
-def test_a_repetition_in_another_file_is_found_even_on_the_same_line() -> None:
-    valid, quarantine, _ = validate(preferred(PAIRS[:2], PAIRS[:1], [PAIRS[2], PAIRS[1]]), "preferences", RULES)
-    assert len(valid) == 3
-    assert list(quarantine["file"]) == ["file1.jsonl", "file2.jsonl"]
-    assert list(quarantine["reasons"]) == [["repeats file0.jsonl line 1"], ["repeats file0.jsonl line 2"]]
+@pytest.mark.parametrize("severity", ["warn", "off"])
+def test_half_a_surrogate_pair_is_never_a_valid_row(severity: str, tmp_path: Path) -> None:
+    fault = b'{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}'
+    valid, bad, _ = tiny.validated(jsonl(*pairs(), fault), tmp_path, rules={"checks": {"encoding": severity}})
+    assert [row["line"] for row in bad] == [31]
+    assert all(row["kind"] for row in valid)
 
 
-def test_a_file_without_one_good_line_goes_to_quarantine_whole() -> None:
-    faults, _ = checked(preferred([b"{", b"words", b"3"]), "preferences")
-    assert set(faults) == {1, 2, 3}
+@pytest.mark.parametrize(
+    ("checks", "said"),
+    [
+        ({"mojibak": "off"}, "did you mean 'mojibake'?"),
+        ({"lenght_bias": "off"}, "did you mean 'length_bias'?"),
+        ({"zzz": "warn"}, "known: "),
+        ({"unreadable": "warn"}, "'unreadable' cannot be set to warn"),
+        ({"turns": "off"}, "'turns' cannot be set to off"),
+        ({"not_text": "off"}, "'not_text' cannot be set to off"),
+        ({"prompts_differ": {"severity": "warn"}}, "'prompts_differ' cannot be set to warn"),
+        ({"length_bias": "quarantine"}, "no row can go to quarantine"),
+        ({"too_long": {"threshold": 100}}, "'too_long' has no threshold"),
+    ],
+)
+def test_a_setting_that_cannot_be_followed_is_refused(checks: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        tiny.validated(jsonl(*pairs()), tmp_path, rules={"checks": checks})
+    assert said in str(caught.value)
+    assert "rules.checks" in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["preferences", "rated_sentences"])
-def test_nothing_read_is_nothing_lost(kind: str) -> None:
-    rows = preferred([]) if kind == "preferences" else rated([])
-    faults, counts = checked(rows, kind)
-    assert faults == {}
-    assert counts["read"] == 0
+def test_every_severity_of_every_check_is_followed_or_refused() -> None:
+    for name in (*CHECKS, *BOUNDS):
+        for severity in ("quarantine", "warn", "stop", "off"):
+            impossible = name in CHECKS and CHECKS[name].unreadable and severity in ("warn", "off")
+            if impossible or (name in BOUNDS and severity == "quarantine"):
+                with pytest.raises(DataError, match=name):
+                    check_settings(Rules(checks={name: severity}))
+            else:
+                check_settings(Rules(checks={name: severity}))
+
+
+def unbalanced(longer: int) -> list[dict[str, str]]:
+    """Twenty pairs, so many of them with a longer chosen side."""
+    texts = [("very short", "tiny"), ("tiny", "very short")]
+    sides = [[f"{n} {text}" for text in texts[n >= longer]] for n in range(20)]
+    return [{"prompt": f"p{n}", "chosen": chosen, "rejected": rejected} for n, (chosen, rejected) in enumerate(sides)]
+
+
+@pytest.mark.parametrize(
+    ("longer", "threshold", "kept"),
+    [(13, None, True), (14, None, False), (14, 0.7, True), (6, 0.25, False), (1, 0.0, False)],
+)
+def test_the_bias_for_the_longer_side_is_held_against_a_limit(
+    longer: int, threshold: float | None, kept: bool, tmp_path: Path
+) -> None:
+    checks = {"length_bias": {"threshold": threshold}}
+    _, _, counts = tiny.validated(jsonl(*unbalanced(longer)), tmp_path, rules={"checks": checks})
+    assert counts["bounds"]["length_bias"] == {
+        "value": longer / 20,
+        "limit": 0.65 if threshold is None else threshold,
+        "kept": kept,
+    }
+    assert any("longer side is chosen" in line for line in report_lines(counts)) is not kept
+
+
+def test_a_limit_that_stops_says_what_was_found(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="a rule that stops: length_bias") as caught:
+        tiny.validated(jsonl(*unbalanced(20)), tmp_path, rules={"checks": {"length_bias": "stop"}})
+    assert "share of pairs whose longer side is chosen is 1" in str(caught.value)
+
+
+@pytest.mark.parametrize(("bad", "kept"), [(2, True), (3, False)])
+def test_a_large_share_in_quarantine_is_told(bad: int, kept: bool, tmp_path: Path) -> None:
+    counts = tiny.validated(jsonl(*pairs(8), *[BROKEN] * bad), tmp_path)[2]
+    assert counts["bounds"]["quarantined"]["kept"] is kept
+
+
+@pytest.mark.parametrize(("small", "kept"), [(2, True), (1, False), (0, None)])
+def test_one_source_that_outweighs_the_others_is_told(small: int, kept: bool | None, tmp_path: Path) -> None:
+    records = pairs(30)
+    files: tiny.Files = {"a.jsonl": records[small:]}
+    if small:
+        files["b.jsonl"] = records[:small]
+    counts = tiny.validated(files, tmp_path)[2]
+    assert counts["bounds"].get("source_imbalance", {"kept": None})["kept"] is kept
+
+
+def test_personal_data_is_written_over_wherever_it_stands(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "I am jo@example.org"}, {"role": "assistant", "content": "Hi +442071838750"}]
+    records = [{"chosen": talk, "rejected": [talk[0], {"role": "assistant", "content": "No"}]}]
+    valid, _, _ = tiny.validated(jsonl(*pairs(), PERSONAL, *records), tmp_path, rules={"redact": True})
+    assert valid[-2]["prompt"] == "Mail [EMAIL]"
+    assert valid[-1]["prompt"] == "\n\nHuman: I am [EMAIL]\n\nAssistant:"
+    assert valid[-1]["chosen"] == " Hi [PHONE]"
+    assert "@" not in json.dumps(valid)
+    assert [row["prompt"] for row in valid[:-2]] == [row["prompt"] for row in pairs()]
 
 
 # -- Great Expectations ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        Check("x", "ExpectColumnValuesToNotBeNull", {"column": "nowhere"}),
-        Check("x", "ExpectColumnValuesToMatchRegex", {"column": "text", "regex": "("}),
-        Check("x", "ExpectColumnValuesToBeBetween", {"column": "text", "min_value": 3}),
-    ],
-    ids=["no column", "bad pattern", "bad type"],
-)
-def test_a_check_that_cannot_be_evaluated_is_an_error_and_no_pass(check: Check) -> None:
-    frame = pd.DataFrame({"text": pd.Series(["a", "b"], dtype="object")})
-    with pytest.raises(DataError) as caught:
-        failing_rows(frame, [check])
-    text = str(caught.value)
-    assert "a check could not be evaluated" in text
-    assert check.expectation in text
-    assert "found" in text
+def broken_expectation(monkeypatch: pytest.MonkeyPatch) -> None:
+    from great_expectations.expectations.core import ExpectColumnValuesToBeNull
+
+    def throws(*_: object, **__: object) -> None:
+        raise TypeError("the expectation broke")
+
+    monkeypatch.setattr(ExpectColumnValuesToBeNull, "_validate", throws)
 
 
-def test_every_failing_row_is_listed_however_many_there_are() -> None:
-    frame = pd.DataFrame({"number": range(1000)})
-    check = Check("x", "ExpectColumnValuesToBeBetween", {"column": "number", "max_value": 99})
-    assert sorted(failing_rows(frame, [check])) == list(range(100, 1000))
+def test_an_expectation_that_throws_stops_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_expectation(monkeypatch)
+    with pytest.raises(DataError, match="a check could not be evaluated") as caught:
+        tiny.validated(jsonl(*pairs(), CONTROL), tmp_path)
+    assert "the check '" in str(caught.value)
+    assert "the expectation broke" in str(caught.value)
+    assert not (tmp_path / "valid.parquet").exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_expectation_about_a_column_that_is_not_there_stops_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = validate._reasons
+    monkeypatch.setattr(validate, "_reasons", lambda found, count: whole(found, count).drop(columns="script"))
+    with pytest.raises(DataError, match="the check 'script'"):
+        tiny.validated(jsonl(*pairs()), tmp_path)
+
+
+def test_a_limit_that_cannot_be_evaluated_stops_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from great_expectations.expectations.core import ExpectColumnValuesToBeBetween
+
+    def throws(*_: object, **__: object) -> None:
+        raise TypeError("the limit broke")
+
+    monkeypatch.setattr(ExpectColumnValuesToBeBetween, "_validate", throws)
+    with pytest.raises(DataError, match="the limit broke"):
+        tiny.validated(jsonl(*pairs()), tmp_path)
+
+
+def test_a_check_that_throws_stops_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def throws(_: object) -> dict[int, str]:
+        raise KeyError("nowhere")
+
+    monkeypatch.setitem(CHECKS, "script", Check("x", "warn", throws))
+    with pytest.raises(DataError, match="a check could not be evaluated") as caught:
+        tiny.validated(jsonl(*pairs()), tmp_path)
+    assert "the check 'script'" in str(caught.value)
+    assert "nowhere" in str(caught.value)
+
+
+def test_every_failing_row_is_listed_however_many_there_are(tmp_path: Path) -> None:
+    records = pairs(300)
+    for record in records[100:]:
+        record["prompt"] = " "
+    _, bad, _ = tiny.validated(jsonl(*records), tmp_path)
+    assert [row["line"] for row in bad] == list(range(101, 301))
+
+
+def test_the_page_names_every_check(tmp_path: Path) -> None:
+    tiny.validated(jsonl(*pairs(), CONTROL), tmp_path)
+    page = (tmp_path / "validation.html").read_text(encoding="utf-8")
+    assert all(name in page for name in CHECKS)
+    assert "control characters" in page
+
+
+# -- real data ---------------------------------------------------------------------------------------------------
+
+
+def test_the_faults_of_real_transcripts_are_found_on_their_lines(tmp_path: Path) -> None:
+    path = DATA / "hh-harmless" / "harmless-base-0000-1599.jsonl.gz"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not on this machine")
+    valid, bad, counts = tiny.validated({path.name: path.read_bytes()}, tmp_path, format="hh")
+    checks = {row["line"] - 1: [reason.partition(":")[0] for reason in row["reasons"]] for row in bad}
+    expected = {1254: ["prompts_differ"], **{row: ["empty"] for row in (86, 516, 925, 1103)}}
+    assert {row: checks.get(row) for row in expected} == expected
+    assert (counts["read"], len(valid)) == (1600, 1589)
+    lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+    assert all(row["raw"] == lines[row["line"] - 1] for row in bad)
+    for row in valid:
+        record = json.loads(lines[row["line"] - 1])
+        assert (row["prompt"] + row["chosen"]).split() == record["chosen"].split()
+        assert (row["prompt"] + row["rejected"]).split() == record["rejected"].split()
+
+
+def test_real_comparisons_go_round_in_no_circle(tmp_path: Path) -> None:
+    path = DATA / "finegrained-qa" / "dev_feedback-000-349.json.gz"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not on this machine")
+    records = json.loads(gzip.decompress(path.read_bytes()))
+    settings = {"format": "comparisons", "columns": {"prompt": "question"}}
+    valid, bad, counts = tiny.validated({path.name: path.read_bytes()}, tmp_path, **settings)
+    assert (len(records), counts["read"]) == (350, 2100)
+    ties = sum(verdict == 0 for record in records for verdict in record["preference"])
+    assert sum(row["tie"] for row in valid + bad) == ties == counts["statistics"]["ties"]
+    assert counts["checks"]["cycle"]["rows"] == counts["checks"]["unreadable"]["rows"] == 0
+    for row in valid + bad:
+        record = records[row["line"] - 1]
+        answers = [record[f"prediction {n}"] for n in (1, 2, 3, 4)]
+        first, second = [(a, b) for a in range(4) for b in range(a + 1, 4)][row["part"]]
+        verdict = record["preference"][row["part"]]
+        chosen, rejected = (second, first) if verdict == 2 else (first, second)
+        assert (row["prompt"], row["tie"]) == (record["question"], verdict == 0)
+        assert (row["chosen"], row["rejected"]) == (answers[chosen], answers[rejected])

@@ -1,0 +1,340 @@
+"""What the `prefloop data` commands print: tables that fit 100 columns, in a terminal or a log file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from steps import batches, datasets, versions
+from steps.batches import Addition, State
+from steps.changes import Changes
+from steps.drift import Finding
+from steps.errors import DataError
+from steps.report import printable
+
+WIDTH = 100  # of a log; a terminal has its own
+EXAMPLES = 10
+STYLES = {"quarantine": "yellow", "stop": "red", "warn": "cyan"}
+
+
+def console() -> Console:
+    """A console for results: a terminal's own width, or that of a log."""
+    probe = Console(highlight=False)
+    return probe if probe.is_terminal else Console(highlight=False, width=WIDTH)
+
+
+def _table(*titles: str, right: Sequence[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in titles:
+        table.add_column(title, justify="right" if title in right else "left", overflow="fold")
+    return table
+
+
+def _plain(text: str) -> str:
+    return escape(printable(text))
+
+
+def _cut(text: str, width: int) -> str:
+    line = " ".join(printable(text).split())
+    return escape(line if len(line) <= width else line[: width - 1] + "…")
+
+
+# -- list, show --------------------------------------------------------------------------------------------------
+
+
+def print_list(out: Console, root: Path) -> None:
+    """Every dataset of the registry, and how it stands."""
+    table = _table(
+        "dataset", "format", "version", "rows", "quarantine", "pairs", "", right=("rows", "quarantine", "pairs")
+    )
+    for name in datasets.names(root):
+        try:
+            entry: Any = datasets.dataset(name, root).format
+        except DataError as error:
+            table.add_row(_plain(name), "", "", "", "", "", _plain(error.have.splitlines()[0]))
+            continue
+        try:
+            version = versions.current(name, root)
+        except DataError:
+            table.add_row(name, entry, "", "", "", "", "not prepared")
+            continue
+        counts = [f"{version.counts.get(key, 0):,}" for key in ("read", "quarantined", "preferences")]
+        table.add_row(name, entry, version.digest[:12], *counts, _standing(name, version, root))
+    out.print(table)
+
+
+def _standing(name: str, version: versions.DataVersion, root: Path) -> str:
+    import yaml
+
+    entries = yaml.safe_load((root / datasets.REGISTRY).read_text(encoding="utf-8"))["datasets"]
+    if versions.settings(name, root) != entries[name]:
+        return "its entry has changed since"
+    if any(not table.path.is_file() for table in version.tables.values()):
+        return "its tables are not here: dvc pull"
+    return "prepared"
+
+
+def print_version(out: Console, version: versions.DataVersion, root: Path, revision: str) -> None:
+    """One version: what names it, its tables, counts and batches."""
+    name = version.name
+    facts = _table("", "")
+    facts.add_row("dataset", name)
+    facts.add_row("version", version.digest)
+    facts.add_row("revision", version.revision or "no git")
+    for key, value in _source(name, root, revision):
+        facts.add_row(key, _plain(value))
+    facts.show_header = False
+    out.print(facts)
+    out.print()
+    tables = _table("table", "rows", "md5", right=("rows",))
+    rows = {**version.counts, "rows": version.counts.get("read"), "quarantine": version.counts.get("quarantined")}
+    for file, md5 in versions.outputs(name, root, revision).items():
+        if file.endswith(".parquet"):
+            count = rows.get(file.removesuffix(".parquet"))
+            tables.add_row(file, "" if count is None else f"{count:,}", md5)
+    out.print(tables)
+    if found := batches.records(name, root, revision):
+        out.print()
+        listed = _table("batch", "rows", "sha256", "added", "by", right=("rows",))
+        for record in found:
+            cells = [str(record.get(key, "")) for key in ("file", "rows", "sha256", "added", "by")]
+            listed.add_row(*(_plain(cell) for cell in [*cells[:2], cells[2][:16], *cells[3:]]))
+        out.print(listed)
+
+
+def _source(name: str, root: Path, revision: str) -> list[tuple[str, str]]:
+    import yaml
+
+    try:
+        entry = yaml.safe_load(versions.text(datasets.REGISTRY, root, revision))["datasets"][name]
+        source = entry["source"]
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        return []
+    found = [("format", str(entry.get("format", "")))]
+    found += [("source", str(source[key])) for key in ("pypi", "hub") if source.get(key)]
+    files = source.get("files") or {}
+    found += [(f"source {role}", str(file)) for role, file in list(files.items())[:20]]
+    return found + ([("", f"… and {len(files) - 20} more")] if len(files) > 20 else [])
+
+
+# -- report ------------------------------------------------------------------------------------------------------
+
+
+def print_report(out: Console, name: str, root: Path, *, everything: bool) -> None:
+    """What validation found, the rows in quarantine, and the dataset's statistics.
+
+    Raises:
+        DataError: the dataset has not been validated.
+    """
+    found = versions.metrics(name, root)
+    counts, split = found["validation.json"], found["split.json"]
+    if not counts:
+        datasets.dataset(name, root)
+        raise DataError(
+            f"the dataset '{name}' has not been validated",
+            where=str(datasets.folder(name, root) / "validation.json"),
+            then=f"dvc repro split@{name}",
+        )
+    out.print(
+        f"{name}: {counts['read']:,} rows read = {counts['valid']:,} valid + {counts['quarantined']:,} in quarantine"
+    )
+    out.print()
+    _print_checks(out, counts)
+    out.print()
+    _print_statistics(out, counts, split)
+    bad = batches.quarantine(name, root)
+    if bad:
+        out.print()
+        _print_quarantine(out, bad if everything else bad[:EXAMPLES])
+        if not everything and len(bad) > EXAMPLES:
+            out.print(f"… and {len(bad) - EXAMPLES:,} more: prefloop data report {name} --all", style="dim")
+    if bad and batches.takes_files(datasets.dataset(name, root)):
+        out.print()
+        out.print(f"[dim]mend them[/]  prefloop data report {name} --export bad.jsonl", soft_wrap=True)
+        out.print(f"[dim]then     [/]  prefloop data restore {name} bad.jsonl", soft_wrap=True)
+
+
+def _print_checks(out: Console, counts: Mapping[str, Any]) -> None:
+    table = _table("check", "severity", "rows", "for example", right=("rows",))
+    checks = counts.get("checks", {})
+    for check, found in sorted(checks.items(), key=lambda item: -item[1]["rows"]):
+        if found["rows"]:
+            examples = [_plain(example) for example in counts.get("examples", {}).get(check, [])[:3]]
+            severity = f"[{STYLES.get(found['severity'], 'none')}]{found['severity']}[/]"
+            table.add_row(check, severity, f"{found['rows']:,}", "\n".join(examples))
+    if table.rows:
+        out.print(table)
+    if clean := [check for check, found in checks.items() if not found["rows"]]:
+        out.print(f"nothing found by {', '.join(clean)}", style="dim")
+
+
+def _print_statistics(out: Console, counts: Mapping[str, Any], split: Mapping[str, Any]) -> None:
+    statistics, bounds = counts.get("statistics", {}), counts.get("bounds", {})
+    table = _table("statistic", "value", "", right=("value",))
+    if "longer_chosen" in statistics:
+        low, high = (statistics.get(f"longer_chosen_{end}", float("nan")) for end in ("low", "high"))
+        bias = f"95 % interval {low:.1%} to {high:.1%}" + _over("length_bias", bounds)
+        table.add_row("longer side chosen", f"{statistics['longer_chosen']:.1%}", bias)
+    if "agreement" in split:
+        ceiling = "how often a rater sides with the rest: the most a model of them can be right"
+        table.add_row("agreement", f"{split['agreement']:.1%}", ceiling)
+    if statistics.get("pairs"):
+        ties = statistics.get("ties", 0)
+        share = ties / (statistics["pairs"] + ties)
+        table.add_row("pairs", f"{statistics['pairs']:,.0f}", f"and {ties:,.0f} ties ({share:.1%})")
+    if "prompts" in statistics:
+        table.add_row("prompts", f"{statistics['prompts']:,.0f}", "")
+    if "sources" in statistics:
+        largest = f"the largest has {statistics['largest_source_share']:.1%} of the rows"
+        table.add_row("sources", f"{statistics['sources']:,.0f}", largest + _over("source_imbalance", bounds))
+    if "quarantined_share" in statistics:
+        table.add_row("in quarantine", f"{statistics['quarantined_share']:.1%}", _over("quarantined", bounds).strip())
+    if "latin_share" in statistics:
+        table.add_row("latin letters", f"{statistics['latin_share']:.1%}", "")
+    if "cut_share" in statistics:
+        table.add_row("over max_chars", f"{statistics['cut_share']:.1%}", "of all characters")
+    out.print(table)
+
+
+def _over(bound: str, bounds: Mapping[str, Any]) -> str:
+    found = bounds.get(bound)
+    return "" if not found or found["kept"] else f"; [cyan]over {found['limit']:.0%}[/]"
+
+
+def _print_quarantine(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    for row in rows:
+        part = f" ({row['part'] + 1})" if row.get("part") else ""
+        out.print(
+            f"{_plain(row['file'] or '')} line {row['line']}{part}  [yellow]{_plain('; '.join(row['reasons']))}[/]"
+        )
+        out.print(f"  {_cut(row.get('raw') or '', out.width - 2)}", style="dim")
+
+
+# -- add, restore ------------------------------------------------------------------------------------------------
+
+
+def print_addition(out: Console, added: Addition) -> None:
+    """What an addition changed, and what to do next."""
+    for file in added.already:
+        out.print(f"{_plain(file)} is there already, with the same bytes")
+    if not added.records and added.before.tables == added.after.tables:
+        out.print("nothing has changed")
+        return
+    for record in added.records:
+        out.print(f"{_plain(record['file'])}: {record['rows']:,} rows, {record['bytes']:,} bytes")
+    if added.repeated:
+        out.print(f"{added.repeated:,} of them were there already, and went to quarantine as repeats")
+    out.print()
+    _print_counts(out, added.before, added.after)
+    _print_lock(out, added.before.tables, added.after.tables)
+    print_drift(out, added.drift, "the new rows", "those before")
+    out.print()
+    out.print("[dim]keep it[/]  git add " + escape(" ".join(map(_shell, added.paths))), soft_wrap=True)
+    rows = sum(record["rows"] for record in added.records)
+    out.print(f"         git commit -m {_shell(f'{added.name}: {rows:,} rows more')}", soft_wrap=True)
+    out.print("         dvc push")
+
+
+def _shell(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)
+
+
+def _print_counts(out: Console, before: State, after: State) -> None:
+    table = _table("", "before", "after", "", right=("before", "after"))
+
+    def row(label: str, old: int, new: int) -> None:
+        table.add_row(label, f"{old:,}", f"{new:,}", f"{new - old:+,}" if new != old else "[dim]=[/]")
+
+    labels = {"read": "rows read", "valid": "valid", "quarantined": "in quarantine"}
+    for key, label in labels.items():
+        row(label, before.counts.get(key, 0), after.counts.get(key, 0))
+    for check, rows in after.checks.items():
+        if rows != before.checks.get(check, 0):
+            row(f"  {check}", before.checks.get(check, 0), rows)
+    for key in ("demonstrations", "preferences", "prompts", "gold"):
+        row(key, before.counts.get(key, 0), after.counts.get(key, 0))
+    out.print(table)
+
+
+def _print_lock(out: Console, before: Mapping[str, str], after: Mapping[str, str]) -> None:
+    changed = [file for file in after if before.get(file) != after[file]]
+    if not changed:
+        return
+    out.print()
+    table = _table("dvc.lock", "md5 before", "md5 after")
+    for file in changed:
+        table.add_row(file, before.get(file, "")[:12] or "new", after[file][:12])
+    out.print(table)
+    out.print(f" {len(changed)} of {len(after)} files changed", style="dim")
+
+
+def print_drift(out: Console, findings: Sequence[Finding], new: str, old: str) -> None:
+    """Findings of the drift check; those that count first, as warnings."""
+    if not findings:
+        return
+    moved = [finding for finding in findings if finding.drifted]
+    out.print()
+    if not moved:
+        out.print(f"no drift: {new} look like {old} ({', '.join(finding.what for finding in findings)})")
+        return
+    out.print(f"[cyan]warn[/]  {new} do not look like {old}")
+    table = _table("", "before", "after", "effect", "from", "p")
+    for finding in moved:
+        effect = f"{finding.measure} {finding.effect:.2f}"
+        cells = [
+            finding.what,
+            finding.before,
+            finding.after,
+            effect,
+            f"{finding.threshold:g}",
+            f"{finding.p_value:.1g}",
+        ]
+        table.add_row(*map(_plain, cells))
+    out.print(table)
+
+
+# -- diff --------------------------------------------------------------------------------------------------------
+
+
+def print_changes(out: Console, changes: Changes, preview: Callable[[str, list[str]], Mapping[str, str]]) -> None:
+    """Rows that came, went and changed, with the first of each.
+
+    Args:
+        preview: texts of rows of the version "before" or "after", by row_id.
+    """
+    parts = [f"{len(changes.came):,} rows came", f"{len(changes.went):,} went", f"{len(changes.changed):,} changed"]
+    out.print(", ".join([*parts, f"{changes.same:,} are the same"]))
+    if changes.into_quarantine or changes.out_of_quarantine:
+        out.print(
+            f"of the same, {changes.into_quarantine:,} went into quarantine, {changes.out_of_quarantine:,} left it"
+        )
+    shown = [
+        ("came", changes.came, "row_id", "after", "+", "green"),
+        ("went", changes.went, "row_id", "before", "-", "red"),
+    ]
+    for title, rows, key, side, sign, style in shown:
+        if len(rows):
+            out.print(f"\n{title}")
+            _print_rows(out, rows.head(3), key, preview(side, list(rows[key].head(3))), sign, style)
+    if len(changes.changed):
+        out.print("\nchanged")
+        first = changes.changed.head(3)
+        old = preview("before", list(first["row_id_before"]))
+        new = preview("after", list(first["row_id_after"]))
+        for row in first.to_dict("records"):
+            out.print(f"  {_plain(row['file'])} line {row['line']}", style="dim")
+            out.print(f"  [red]- {_cut(old.get(row['row_id_before'], ''), out.width - 4)}[/]")
+            out.print(f"  [green]+ {_cut(new.get(row['row_id_after'], ''), out.width - 4)}[/]")
+
+
+def _print_rows(out: Console, rows: Any, key: str, texts: Mapping[str, str], sign: str, style: str) -> None:
+    for row in rows.to_dict("records"):
+        out.print(f"  {_plain(row['file'])} line {row['line']}", style="dim")
+        out.print(f"  [{style}]{sign} {_cut(texts.get(row[key], ''), out.width - 4)}[/]")

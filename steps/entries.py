@@ -1,0 +1,100 @@
+"""Edits of the dataset registry that leave every other line, comment and space of it as it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from steps.datasets import REGISTRY
+from steps.errors import DataError
+
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]*")
+
+
+def with_file(registry: str, name: str, role: str, file: str) -> str:
+    """The registry's text with one more line under a dataset's `source.files`.
+
+    Raises:
+        DataError: the line cannot be added without changing others.
+    """
+    files = _inner(_inner(_inner(_inner(yaml.compose(registry), "datasets"), name), "source"), "files")
+    expected = _parsed(registry)
+    line = f"{_written(role)}: {_written(file)}"
+    if files is None:
+        raise _by_hand(name, line, "the entry has no source.files")
+    expected[name]["source"]["files"] |= {role: file}
+    if files.flow_style:
+        place = files.end_mark.index - 1
+        separator = ", " if files.value else ""
+        text = registry[:place].rstrip() + separator + line + registry[place:]
+    else:
+        text = _after(registry, _last_line(files), [" " * files.start_mark.column + line])
+    return _checked(text, expected, name, line)
+
+
+def with_entry(registry: str, name: str, format: str, files: dict[str, str]) -> str:
+    """The registry's text with a new dataset at its end.
+
+    Raises:
+        DataError: it cannot be added without changing other lines.
+    """
+    datasets = _inner(yaml.compose(registry), "datasets")
+    listed = [f"      {_written(role)}: {_written(file)}" for role, file in files.items()]
+    block = [f"{name}:", f"  format: {format}", "  source:", "    files:", *listed]
+    if not isinstance(datasets, yaml.MappingNode) or datasets.flow_style or not datasets.value:
+        raise _by_hand(name, "\n        ".join(block), "`datasets:` is no block of entries")
+    indent = " " * datasets.value[0][0].start_mark.column
+    text = _after(registry, _last_line(datasets), [indent + line for line in block])
+    expected = _parsed(registry) | {name: {"format": format, "source": {"files": files}}}
+    return _checked(text, expected, name, "\n        ".join(block))
+
+
+def _inner(node: yaml.Node | None, key: str) -> Any:
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    return next((value for inner, value in node.value if inner.value == key), None)
+
+
+def _last_line(node: yaml.Node) -> int:
+    """The line on which a node's last value ends; a block's own end mark lies behind the comments that follow."""
+    while isinstance(node, yaml.CollectionNode) and node.value and not node.flow_style:
+        last = node.value[-1]
+        node = last[1] if isinstance(last, tuple) else last
+    end = node.end_mark
+    return end.line - 1 if end.column == 0 and end.line > node.start_mark.line else end.line
+
+
+def _after(text: str, line: int, added: list[str]) -> str:
+    lines = text.splitlines()
+    return "\n".join([*lines[: line + 1], *added, *lines[line + 1 :]]) + "\n"
+
+
+def _written(value: str) -> str:
+    plain = _PLAIN.fullmatch(value) and isinstance(yaml.safe_load(value), str)
+    return value if plain else json.dumps(value, ensure_ascii=False)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    return dict(yaml.safe_load(text)["datasets"])
+
+
+def _checked(text: str, expected: dict[str, Any], name: str, line: str) -> str:
+    try:
+        if _parsed(text) == expected:
+            return text
+    except (yaml.YAMLError, TypeError, KeyError):
+        pass
+    raise _by_hand(name, line, "its layout is unusual")
+
+
+def _by_hand(name: str, line: str, why: str) -> DataError:
+    return DataError(
+        f"the registry's entry of '{name}' cannot be edited for you",
+        where=str(Path(REGISTRY)),
+        have=why,
+        then=f"add this by hand, then run again:\n        {line}",
+    )

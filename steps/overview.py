@@ -1,0 +1,304 @@
+"""What only all rows together show: repeats, contradictions, circles, lengths, and the dataset's statistics.
+
+The rows pass by in chunks; what is kept of each is a few numbers, so that millions fit in memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from rensa import RMinHash, RMinHashLSH
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from steps.readers import records
+from steps.rows import CHUNK, PLACE, TEXTS, chunks
+from steps.sources import File
+from steps.statistics import wilson
+
+COLUMNS = ["kind", *TEXTS, "tie", "margin", "score", "ratings", "problem", *PLACE]
+PERMUTATIONS, BANDS = 64, 8
+NEAR = 0.9  # Jaccard similarity of their words from which two rows nearly repeat each other
+SHORTEST = 8  # words; below, a row is too short to be nearly another
+
+
+@dataclass
+class Overview:
+    """What is known of all rows.
+
+    Attributes:
+        keys: text column → (n,) uint64 hashes of the normalised texts, 0 where there is none.
+        lengths: (n,) characters of the prompt and the longer answer.
+        places: (n, 3) codes of source, file and line, for messages.
+        repeats: row → the first row of the same content.
+        near_repeats: row → an earlier row that is nearly the same.
+        contradictions: row → a row with the same answers and the other label.
+        cycles: row → how many answers its preference goes in a circle with.
+        evaluation_keys: hashes of the normalised texts of the evaluation sets.
+        latin_share: share of the letters that are Latin.
+        statistics: numbers about the whole, for the report.
+    """
+
+    keys: dict[str, np.ndarray]
+    lengths: np.ndarray
+    places: pd.DataFrame
+    repeats: dict[int, int] = field(default_factory=dict)
+    near_repeats: dict[int, int] = field(default_factory=dict)
+    contradictions: dict[int, int] = field(default_factory=dict)
+    cycles: dict[int, int] = field(default_factory=dict)
+    evaluation_keys: np.ndarray = field(default_factory=lambda: np.array([], dtype=np.uint64))
+    latin_share: float = 1.0
+    statistics: dict[str, float] = field(default_factory=dict)
+
+    def place(self, row: int) -> str:
+        """Where a row stands, for people."""
+        source, line, part = (self.places[name].iloc[row] for name in ("file", "line", "part"))
+        return f"{source} line {line}" + (f" ({part + 1})" if part else "")
+
+
+def normalised(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Texts as two people would call them the same: width, case, spaces and outer punctuation ignored."""
+    folded = pc.utf8_lower(pc.utf8_normalize(texts, "NFKC"))
+    loose = pc.fill_null(
+        pc.match_substring_regex(folded, r"\s\s|[^\S ]"), False
+    )  # replacing is slow, so only where due
+    tight = pc.replace_substring_regex(folded.filter(loose), r"\s+", " ")
+    spaced = pc.replace_with_mask(folded, loose.combine_chunks(), tight.combine_chunks()) if len(tight) else folded
+    return pc.utf8_trim(spaced, characters=" .!?\"'")
+
+
+def hashes(texts: pa.ChunkedArray) -> np.ndarray:
+    """(n,) uint64: a hash of each normalised text, 0 where there is none."""
+    plain = normalised(texts)
+    found = pd.util.hash_array(pc.fill_null(plain, "").to_numpy(zero_copy_only=False).astype(object), categorize=False)
+    found[pc.fill_null(pc.equal(plain, ""), True).to_numpy(zero_copy_only=False)] = 0
+    return found
+
+
+def look_over(path: Path, evaluation_sets: Iterable[Path] = (), *, near: bool = True) -> Overview:
+    """Pass over a table of canonical rows once.
+
+    Args:
+        evaluation_sets: files of any kind a source may be, whose texts must not be trained on.
+        near: whether to look for near repeats.
+    """
+    parts: list[dict[str, np.ndarray]] = []
+    places: list[pd.DataFrame] = []
+    near_repeats = NearRepeats() if near else None
+    letters = latin = 0
+    first = 0
+    for table in chunks(path, COLUMNS):
+        part = {name: hashes(table[name]) for name in TEXTS}
+        sizes = {name: pc.fill_null(pc.utf8_length(table[name]), 0).to_numpy(zero_copy_only=False) for name in TEXTS}
+        part |= {f"{name}_length": sizes[name] for name in ("chosen", "rejected", "answer", "prompt")}
+        part["kind"] = pc.fill_null(table["kind"], "").to_numpy(zero_copy_only=False)
+        part["tie"] = pc.fill_null(table["tie"], False).to_numpy(zero_copy_only=False)
+        part["unread"] = pc.is_valid(table["problem"]).to_numpy(zero_copy_only=False)
+        part["score"] = table["score"].to_numpy(zero_copy_only=False).astype(float)
+        parts.append(part)
+        places.append(
+            table.select(list(PLACE)).to_pandas(types_mapper=None).astype({"source": "category", "file": "category"})
+        )
+        for name in TEXTS:
+            plain = pc.fill_null(pc.string_is_ascii(table[name]), True)
+            ascii_letters = int(sizes[name][plain.to_numpy(zero_copy_only=False)].sum())
+            other = table[name].filter(pc.invert(plain))
+            letters += ascii_letters + (pc.sum(pc.count_substring_regex(other, r"\pL")).as_py() or 0)
+            latin += ascii_letters + (pc.sum(pc.count_substring_regex(other, r"\p{Latin}")).as_py() or 0)
+        if near_repeats is not None:
+            near_repeats.add(table, part["unread"], first)
+        first += len(table)
+    everything = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+    if not everything:
+        empty = np.array([], dtype=np.uint64)
+        return Overview(dict.fromkeys(TEXTS, empty), empty.astype(int), pd.DataFrame(columns=list(PLACE)))
+    place = _stacked(places)
+    keys = {name: everything[name] for name in TEXTS}
+    longer = np.maximum(
+        np.maximum(everything["chosen_length"], everything["rejected_length"]), everything["answer_length"]
+    )
+    overview = Overview(keys, everything["prompt_length"] + longer, place)
+    overview.latin_share = latin / letters if letters else 1.0
+    overview.repeats = _repeats(everything)
+    record = place["file"].cat.codes.to_numpy().astype(np.int64) * 2**40 + place["line"].to_numpy()
+    overview.near_repeats = {  # answers of one record are compared with each other, and may be alike
+        row: other
+        for row, other in (near_repeats.found(path) if near_repeats else {}).items()
+        if row not in overview.repeats and record[row] != record[other]
+    }
+    overview.contradictions = _contradictions(everything)
+    overview.cycles = _cycles(everything)
+    overview.evaluation_keys = _evaluation_keys(evaluation_sets)
+    overview.statistics = _statistics(everything, place)
+    return overview
+
+
+def _stacked(places: list[pd.DataFrame]) -> pd.DataFrame:
+    from pandas.api.types import union_categoricals
+
+    columns = {name: union_categoricals([part[name] for part in places]) for name in ("source", "file")}
+    numbers = {name: np.concatenate([part[name].to_numpy() for part in places]) for name in ("line", "part")}
+    return pd.DataFrame({**columns, **numbers})
+
+
+def _mixed(*keys: np.ndarray) -> np.ndarray:
+    """(n,) uint64: one hash of several; the order of the arguments counts."""
+    mixed = np.zeros(len(keys[0]), dtype=np.uint64)
+    for key in keys:
+        mixed = (mixed ^ key) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    return mixed
+
+
+def _repeats(rows: dict[str, np.ndarray]) -> dict[int, int]:
+    """Row → the first row that says the same."""
+    kinds = pd.util.hash_array(rows["kind"].astype(object), categorize=True)
+    content = _mixed(kinds, *(rows[name] for name in TEXTS), rows["tie"].astype(np.uint64))
+    content[rows["unread"] | (rows["kind"] == "")] = 0
+    order = pd.Series(content)
+    again = order.duplicated() & (content != 0)
+    first = order[~order.duplicated()]
+    firsts = pd.Series(first.index, index=first.to_numpy())
+    return {int(row): int(firsts[content[row]]) for row in np.flatnonzero(again)}
+
+
+def _pairs(rows: dict[str, np.ndarray]) -> np.ndarray:
+    """Numbers of the rows that say one answer is better than another."""
+    said = (rows["kind"] == "pair") & ~rows["tie"] & (rows["chosen"] != 0) & (rows["rejected"] != 0)
+    return np.flatnonzero(said & (rows["chosen"] != rows["rejected"]))
+
+
+def _contradictions(rows: dict[str, np.ndarray]) -> dict[int, int]:
+    """Row → a row with the same prompt and the same two answers, the other one preferred."""
+    pairs = _pairs(rows)
+    prompt, chosen, rejected = (rows[name][pairs] for name in ("prompt", "chosen", "rejected"))
+    frame = pd.DataFrame(
+        {
+            "row": pairs,
+            "pair": _mixed(prompt, np.minimum(chosen, rejected), np.maximum(chosen, rejected)),
+            "first": chosen < rejected,
+        }
+    )
+    both = frame[frame.groupby("pair")["first"].transform("nunique") > 1]
+    other = {(pair, way): int(group.iloc[0]) for (pair, way), group in both.groupby(["pair", "first"])["row"]}
+    return {int(r.row): other[r.pair, not r.first] for r in both.itertuples()}
+
+
+def _cycles(rows: dict[str, np.ndarray]) -> dict[int, int]:
+    """Row → the number of answers, three or more, that its preference goes in a circle with.
+
+    Answers are the nodes of a graph, preferences its edges from chosen to rejected; a circle lies within a strongly
+    connected component.
+    """
+    pairs = _pairs(rows)
+    if not len(pairs):
+        return {}
+    prompt, chosen, rejected = (rows[name][pairs] for name in ("prompt", "chosen", "rejected"))
+    nodes, ends = np.unique(np.concatenate([_mixed(prompt, chosen), _mixed(prompt, rejected)]), return_inverse=True)
+    start, end = ends[: len(pairs)], ends[len(pairs) :]
+    graph = coo_array((np.ones(len(pairs)), (start, end)), shape=(len(nodes), len(nodes)))
+    _, component = connected_components(graph, connection="strong")
+    size = np.bincount(component)[component]
+    inside = (component[start] == component[end]) & (size[start] >= 3)
+    return {int(row): int(count) for row, count in zip(pairs[inside], size[start][inside], strict=True)}
+
+
+class NearRepeats:
+    """Finds rows whose answers are nearly those of an earlier row (MinHash, Broder 1997).
+
+    Rows that share a band of their sketches are candidates; whether they are near is said by the Jaccard similarity of
+    their sets of words, for which their texts are read once more.
+    """
+
+    def __init__(self) -> None:
+        self._index = RMinHashLSH(NEAR, PERMUTATIONS, BANDS)
+        self._candidates: dict[int, list[int]] = {}
+
+    def add(self, table: pa.Table, unread: np.ndarray, first: int) -> None:
+        """Look at the next rows, the first of which is row number `first`."""
+        # What is too short to compare gets a word of its own.
+        sets = [
+            [f"\0{first + row}"] if unread[row] or len(said) < SHORTEST else said
+            for row, said in enumerate(_words(table))
+        ]
+        matrix = RMinHash.digest_matrix_from_token_sets(sets, PERMUTATIONS, 0)
+        for row, flagged in enumerate(self._index.insert_matrix_and_query_duplicate_flags(matrix, first)):
+            if flagged:
+                sketch = RMinHash(PERMUTATIONS, 0)
+                sketch.update(sets[row])
+                self._candidates[first + row] = sorted(key for key in self._index.query(sketch) if key < first + row)
+
+    def found(self, path: Path) -> dict[int, int]:
+        """Row → the first earlier row it nearly repeats."""
+        wanted = {row for row, others in self._candidates.items() if others}
+        wanted |= {other for others in self._candidates.values() for other in others}
+        words: dict[int, frozenset[str]] = {}
+        first = 0
+        for table in chunks(path, ["chosen", "rejected", "answer"]) if wanted else ():
+            rows = [row for row in range(first, first + len(table)) if row in wanted]
+            said = _words(table.take([row - first for row in rows]))
+            words |= {row: frozenset(one) for row, one in zip(rows, said, strict=True)}
+            first += len(table)
+        near = {
+            row: next((other for other in others if jaccard(words[row], words[other]) >= NEAR), None)
+            for row, others in self._candidates.items()
+        }
+        return {row: other for row, other in near.items() if other is not None}
+
+
+def _words(table: pa.Table) -> list[list[str]]:
+    """The words of each row's answers, in lower case."""
+    columns = (table[name].to_pylist() for name in ("chosen", "rejected", "answer"))
+    return [" ".join(filter(None, sides)).lower().split() for sides in zip(*columns, strict=True)]
+
+
+def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
+    """Size of the intersection over size of the union."""
+    return len(one & other) / max(len(one | other), 1)
+
+
+def _evaluation_keys(paths: Iterable[Path]) -> np.ndarray:
+    """Hashes of every text in the evaluation sets, wherever in a record it stands."""
+    found = [np.array([], dtype=np.uint64)]
+    for path in paths:
+        read = records(File("evaluation_sets", path.name, path))
+        texts = (text.encode("utf-8", "replace").decode() for record in read for text in _texts(record.value))
+        while part := list(itertools.islice(texts, CHUNK)):
+            found.append(hashes(pa.chunked_array([pa.array(part, pa.string())])))
+    keys = np.unique(np.concatenate(found))
+    return keys[keys != 0]
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
+
+
+def _statistics(rows: dict[str, np.ndarray], places: pd.DataFrame) -> dict[str, float]:
+    """Numbers about the whole: lengths, the bias for the longer answer, ties, sources, prompts."""
+    said = _pairs(rows)
+    chosen, rejected = rows["chosen_length"][said], rows["rejected_length"][said]
+    unequal = chosen != rejected
+    count = int(unequal.sum())
+    found: dict[str, float] = {
+        "prompts": float(len(np.unique(rows["prompt"][rows["prompt"] != 0]))),
+        "pairs": float(len(said)),
+        "ties": float(rows["tie"].sum()),
+        "largest_source_share": float(places["source"].value_counts(normalize=True).max()),
+        "sources": float(places["source"].nunique()),
+    }
+    if count:
+        longer = int((chosen > rejected).sum())
+        low, high = wilson(longer, count)
+        found |= {"longer_chosen": longer / count, "longer_chosen_low": low, "longer_chosen_high": high}
+    return found

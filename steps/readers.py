@@ -1,0 +1,242 @@
+"""Files into records: JSON lines, JSON, CSV, Parquet, hub datasets. Every record knows its line; none is dropped.
+
+A line that is no record becomes one with a `problem` and its raw text. Only a file that cannot be opened at all, such
+as a truncated archive, is an error: it names the file, and the data of before stays as it is.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from steps.datasets import Source
+from steps.errors import DataError
+from steps.sources import File
+
+LONGEST_LINE = 64 << 20  # bytes; a longer line is not read as a record
+KEPT_OF_IT = 1 << 20  # characters of it that a quarantine row shows
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a file.
+
+    Attributes:
+        line: where it begins, from 1; in a JSON array, a Parquet file or a hub dataset, its number.
+        value: what it says; None when it could not be read.
+        raw: its text as it stands in the file, or as JSON where the file holds no text.
+        problem: what kept it from being read.
+    """
+
+    line: int
+    value: Any
+    raw: str
+    encoding: str = "utf-8"
+    problem: str | None = None
+
+
+def records(file: File, *, parsed: bool = True) -> Iterator[Record]:
+    """The records of a file, in its order.
+
+    Args:
+        parsed: whether their values are asked for; their raw texts alone are sooner had.
+
+    Raises:
+        DataError: there is no reader for such a file, or it cannot be opened.
+    """
+    if file.suffix not in READERS:
+        raise DataError(
+            "a source file of a kind that is not known",
+            where=file.name,
+            have=f"'{file.suffix}', known are {', '.join(READERS)}, each also with .gz, .zst or .bz2",
+            then="convert it, or rename it to say what it is",
+        )
+    with file.open() as stream:
+        yield from lines_of(stream) if file.suffix == ".jsonl" and not parsed else READERS[file.suffix](stream)
+
+
+# -- text --------------------------------------------------------------------------------------------------------
+
+
+def decode(line: bytes) -> tuple[str, str]:
+    """Bytes as text, and the encoding they were in: UTF-8 if it is, else Windows-1252, else Latin-1."""
+    for encoding in ("utf-8", "cp1252"):
+        try:
+            return line.decode(encoding), encoding
+        except UnicodeDecodeError:
+            continue
+    return line.decode("latin-1"), "latin-1"
+
+
+def lines_of(stream: IO[bytes]) -> Iterator[Record]:
+    """Every line that is not blank, as text; a byte order mark is dropped. `value` is the text itself."""
+    number = 0
+    while line := stream.readline(LONGEST_LINE):
+        number += 1
+        whole = line.endswith(b"\n") or len(line) < LONGEST_LINE
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not whole:
+            while (rest := stream.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+                pass
+        if whole and not line.strip():
+            continue
+        text, encoding = decode(line.rstrip(b"\r\n"))
+        if whole:
+            yield Record(number, text, text, encoding)
+        else:
+            yield Record(number, None, text[:KEPT_OF_IT], encoding, f"the line is longer than {LONGEST_LINE >> 20} MiB")
+
+
+def json_lines(stream: IO[bytes]) -> Iterator[Record]:
+    """One JSON value a line."""
+    for record in lines_of(stream):
+        yield record if record.problem else _parsed(record)
+
+
+def _parsed(record: Record) -> Record:
+    try:
+        value = json.loads(record.raw)
+    except (ValueError, RecursionError) as error:
+        return Record(record.line, None, record.raw, record.encoding, f"not JSON ({error})")
+    return Record(record.line, value, record.raw, record.encoding)
+
+
+def json_array(stream: IO[bytes]) -> Iterator[Record]:
+    """The elements of a JSON array, or of the one array in a JSON object; failing that, JSON lines.
+
+    A file that begins like an array and does not end like one is a single record that could not be read.
+    """
+    data = stream.read().removeprefix(b"\xef\xbb\xbf")
+    text, encoding = decode(data)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip()[:1] == "{":
+            yield from json_lines(io.BytesIO(data))
+        elif text.strip():
+            yield Record(1, None, text[:KEPT_OF_IT], encoding, f"not JSON ({error})")
+        return
+    if isinstance(value, dict):
+        arrays = [inner for inner in value.values() if isinstance(inner, list) and inner]
+        value = arrays[0] if len(arrays) == 1 and _holds_records(value, arrays[0]) else [value]
+    for number, item in enumerate(value if isinstance(value, list) else [value], start=1):
+        yield Record(number, item, _as_json(item), encoding)
+
+
+def _holds_records(wrapper: dict[str, Any], array: list[Any]) -> bool:
+    """Whether an object is a wrapper around an array of records, and not a record with turns or answers itself."""
+    turns = any(isinstance(item, dict) and {"role", "from"} & set(item) for item in array)
+    return all(isinstance(item, dict) for item in array) and not turns and "prompt" not in wrapper
+
+
+def separated(stream: IO[bytes], delimiter: str = ",") -> Iterator[Record]:
+    """Rows of a CSV file with a header. An empty cell is a missing value; a quote nobody closes is a problem."""
+    csv.field_size_limit(LONGEST_LINE)
+    taken: list[tuple[str, str]] = []
+
+    def lines() -> Iterator[str]:
+        for number, line in enumerate(stream):
+            text, encoding = decode(line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line)
+            taken.append((text, encoding))
+            yield text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        begins, problem, cells = reader.line_num + 1, None, []
+        taken.clear()
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problem = f"not CSV ({error})"
+        raw = "".join(text for text, _ in taken).rstrip("\r\n")
+        encoding = next((name for _, name in taken if name != "utf-8"), "utf-8")
+        if problem:
+            yield Record(begins, None, raw, encoding, problem)
+            continue
+        if not cells:
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            continue
+        if len(cells) != len(header):
+            problem = f"{len(cells)} cells where the header has {len(header)}"
+            yield Record(begins, None, raw, encoding, problem)
+        else:
+            values = {name: cell if cell else None for name, cell in zip(header, cells, strict=True)}
+            yield Record(begins, values, raw, encoding)
+
+
+def tab_separated(stream: IO[bytes]) -> Iterator[Record]:
+    """Rows of a tab-separated file with a header."""
+    return separated(stream, "\t")
+
+
+def parquet(stream: IO[bytes]) -> Iterator[Record]:
+    """Rows of a Parquet file."""
+    with pq.ParquetFile(stream if stream.seekable() else pa.BufferReader(stream.read())) as file:
+        yield from numbered(row for batch in file.iter_batches(10_000) for row in batch.to_pylist())
+
+
+def numbered(values: Iterable[Any]) -> Iterator[Record]:
+    """Records of values that have no text of their own."""
+    for number, value in enumerate(values, start=1):
+        yield Record(number, value, _as_json(value))
+
+
+def _as_json(value: Any) -> str:
+    try:
+        written = json.dumps(value, ensure_ascii=False, default=str)
+        written.encode("utf-8")
+    except UnicodeEncodeError:  # half a surrogate pair
+        written = json.dumps(value, default=str)
+    except RecursionError:
+        written = "nested too deeply to be written"
+    return written
+
+
+READERS: dict[str, Callable[[IO[bytes]], Iterator[Record]]] = {
+    ".jsonl": json_lines,
+    ".json": json_array,
+    ".csv": separated,
+    ".tsv": tab_separated,
+    ".parquet": parquet,
+    ".txt": lines_of,
+}
+
+
+# -- the hub -----------------------------------------------------------------------------------------------------
+
+
+def hub_records(source: Source, local: Path) -> Iterator[Record]:
+    """The rows of a dataset on the hub at its pinned revision, or of a folder laid out as the hub does.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    from datasets import load_dataset
+
+    assert source.hub is not None
+    folder = local / source.hub
+    where = str(folder) if folder.is_dir() else source.hub
+    try:
+        table = load_dataset(where, source.config, split=source.split, revision=source.revision)
+    except Exception as error:  # the library raises whatever its readers and the network do
+        raise DataError(
+            "a hub dataset cannot be loaded",
+            where=f"{source.hub} (config {source.config}, split {source.split}, revision {source.revision})",
+            have=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            then="check the name and the network; `source.hub` may also name a folder in data/NAME/source",
+        ) from error
+    yield from numbered(table)

@@ -1,0 +1,71 @@
+"""Edits of the registry: one line more, everything else as it was."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from steps import entries
+from steps.errors import DataError
+
+BLOCK = """\
+# Ours.
+datasets:
+  first:
+    format: hh   # as published
+    source:
+      files:
+        one: one.jsonl  # the first
+
+    # about the split
+    split: {seed: 1}
+
+  second:
+    format: labels
+    source: {files: {a: a.csv}}
+# the end
+"""
+
+
+def test_a_line_goes_under_the_last_of_its_block() -> None:
+    edited = entries.with_file(BLOCK, "first", "two", "two.jsonl")
+    assert edited == BLOCK.replace("# the first\n", "# the first\n        two: two.jsonl\n")
+
+
+def test_a_flow_mapping_grows_on_its_line() -> None:
+    edited = entries.with_file(BLOCK, "second", "b", "b c.csv")
+    assert edited == BLOCK.replace("{a: a.csv}", '{a: a.csv, b: "b c.csv"}')
+
+
+def test_a_new_entry_goes_to_the_end() -> None:
+    edited = entries.with_entry(BLOCK, "third", "scored", {"on": "on.jsonl"})
+    block = '  third:\n    format: scored\n    source:\n      files:\n        "on": on.jsonl\n'
+    assert edited == BLOCK.replace("# the end\n", block + "# the end\n")
+
+
+def test_a_last_line_without_its_end_is_no_obstacle() -> None:
+    edited = entries.with_file(BLOCK.partition("\n\n")[0], "first", "two", "2.jsonl")
+    assert yaml.safe_load(edited)["datasets"]["first"]["source"]["files"] == {"one": "one.jsonl", "two": "2.jsonl"}
+
+
+@pytest.mark.parametrize("name", ["null", "yes", "1", "1e3", "a: b", "# a", "ü", "-", "a\nb", "'", '"'])
+def test_every_name_is_read_back_as_it_was(name: str) -> None:
+    edited = entries.with_file(BLOCK, "first", name, name)
+    assert yaml.safe_load(edited)["datasets"]["first"]["source"]["files"][name] == name
+
+
+@pytest.mark.parametrize(
+    "registry",
+    [
+        "datasets:\n  first: {format: hh, source: {hub: a/b}}\n",
+        "datasets:\n  first:\n    format: hh\n    source: &s\n      files: *f\n",
+    ],
+)
+def test_what_cannot_be_edited_is_said_with_the_line_to_add(registry: str) -> None:
+    with pytest.raises((DataError, yaml.YAMLError)):
+        entries.with_file(registry, "first", "two", "two.jsonl")
+
+
+def test_an_empty_registry_is_left_to_people() -> None:
+    with pytest.raises(DataError, match="add this by hand"):
+        entries.with_entry("datasets: {}\n", "first", "hh", {"one": "one.jsonl"})
