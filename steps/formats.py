@@ -106,6 +106,8 @@ def several(value: Any, name: str) -> list[Any]:
 
 def is_conversation(value: Any) -> bool:
     """Whether a value is a list of turns rather than text."""
+    if isinstance(value, str):
+        return False
     return isinstance(value, list) or (isinstance(value, Mapping) and bool({"content", "value"} & set(value)))
 
 
@@ -194,19 +196,20 @@ def _pair_of_conversations(chosen: list[Turn], rejected: list[Turn], rest: Row) 
 
 def _given(fields: Fields) -> Row:
     """What any record may say beside its texts."""
-    said = {name: fields.get(name) for name in ("annotator", "time")}
-    return {
-        name: str(value).encode("utf-8", "backslashreplace").decode()
-        for name, value in said.items()
-        if value is not None
-    }
+    said = {}
+    for name in ("annotator", "time"):
+        if (value := fields.get(name)) is not None:
+            said[name] = str(value).encode("utf-8", "backslashreplace").decode()
+    return said
 
 
 def _margin(fields: Fields) -> float | None:
     """How much better the chosen side is: as given, or the difference of the two sides' scores."""
     if fields.get("margin") is not None:
         return number(fields["margin"], "margin")
-    sides = [number(fields.get(name), name) for name in ("score_chosen", "score_rejected")]
+    if fields.get("score_chosen") is None or fields.get("score_rejected") is None:
+        return None
+    sides = [number(fields[name], name) for name in ("score_chosen", "score_rejected")]
     return None if None in sides else sides[0] - sides[1]  # type: ignore[operator]
 
 

@@ -14,15 +14,16 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from rensa import RMinHash, RMinHashLSH
+from rensa import RMinHash
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from steps.readers import records
-from steps.rows import CHUNK, PLACE, TEXTS, chunks
+from steps.rows import CHUNK, PLACE, TEXTS, chunks, hashes
 from steps.sources import File
 from steps.statistics import wilson
 
+ANSWERS = ["chosen", "rejected", "answer"]
 COLUMNS = ["kind", *TEXTS, "tie", "margin", "score", "ratings", "problem", *PLACE]
 PERMUTATIONS, BANDS = 64, 8
 NEAR = 0.9  # Jaccard similarity of their words from which two rows nearly repeat each other
@@ -63,25 +64,6 @@ class Overview:
         return f"{source} line {line}" + (f" ({part + 1})" if part else "")
 
 
-def normalised(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Texts as two people would call them the same: width, case, spaces and outer punctuation ignored."""
-    folded = pc.utf8_lower(pc.utf8_normalize(texts, "NFKC"))
-    loose = pc.fill_null(
-        pc.match_substring_regex(folded, r"\s\s|[^\S ]"), False
-    )  # replacing is slow, so only where due
-    tight = pc.replace_substring_regex(folded.filter(loose), r"\s+", " ")
-    spaced = pc.replace_with_mask(folded, loose.combine_chunks(), tight.combine_chunks()) if len(tight) else folded
-    return pc.utf8_trim(spaced, characters=" .!?\"'")
-
-
-def hashes(texts: pa.ChunkedArray) -> np.ndarray:
-    """(n,) uint64: a hash of each normalised text, 0 where there is none."""
-    plain = normalised(texts)
-    found = pd.util.hash_array(pc.fill_null(plain, "").to_numpy(zero_copy_only=False).astype(object), categorize=False)
-    found[pc.fill_null(pc.equal(plain, ""), True).to_numpy(zero_copy_only=False)] = 0
-    return found
-
-
 def look_over(path: Path, evaluation_sets: Iterable[Path] = (), *, near: bool = True) -> Overview:
     """Pass over a table of canonical rows once.
 
@@ -93,7 +75,6 @@ def look_over(path: Path, evaluation_sets: Iterable[Path] = (), *, near: bool = 
     places: list[pd.DataFrame] = []
     near_repeats = NearRepeats() if near else None
     letters = latin = 0
-    first = 0
     for table in chunks(path, COLUMNS):
         part = {name: hashes(table[name]) for name in TEXTS}
         sizes = {name: pc.fill_null(pc.utf8_length(table[name]), 0).to_numpy(zero_copy_only=False) for name in TEXTS}
@@ -113,8 +94,7 @@ def look_over(path: Path, evaluation_sets: Iterable[Path] = (), *, near: bool = 
             letters += ascii_letters + (pc.sum(pc.count_substring_regex(other, r"\pL")).as_py() or 0)
             latin += ascii_letters + (pc.sum(pc.count_substring_regex(other, r"\p{Latin}")).as_py() or 0)
         if near_repeats is not None:
-            near_repeats.add(table, part["unread"], first)
-        first += len(table)
+            near_repeats.add(table, part["unread"])
     everything = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
     if not everything:
         empty = np.array([], dtype=np.uint64)
@@ -150,7 +130,7 @@ def _stacked(places: list[pd.DataFrame]) -> pd.DataFrame:
 
 def _mixed(*keys: np.ndarray) -> np.ndarray:
     """(n,) uint64: one hash of several; the order of the arguments counts."""
-    mixed = np.zeros(len(keys[0]), dtype=np.uint64)
+    mixed = np.zeros_like(keys[0])
     for key in keys:
         mixed = (mixed ^ key) * np.uint64(0x9E3779B97F4A7C15)
         mixed ^= mixed >> np.uint64(29)
@@ -214,49 +194,62 @@ class NearRepeats:
     """Finds rows whose answers are nearly those of an earlier row (MinHash, Broder 1997).
 
     Rows that share a band of their sketches are candidates; whether they are near is said by the Jaccard similarity of
-    their sets of words, for which their texts are read once more.
+    their sets of words, for which their texts are read once more. A row is held against the first row of each of its
+    bands only, so that a thousand answers of one template cost a thousand comparisons and not half a million.
     """
 
     def __init__(self) -> None:
-        self._index = RMinHashLSH(NEAR, PERMUTATIONS, BANDS)
-        self._candidates: dict[int, list[int]] = {}
+        self._bands: list[np.ndarray] = []
 
-    def add(self, table: pa.Table, unread: np.ndarray, first: int) -> None:
-        """Look at the next rows, the first of which is row number `first`."""
-        # What is too short to compare gets a word of its own.
-        sets = [
-            [f"\0{first + row}"] if unread[row] or len(said) < SHORTEST else said
-            for row, said in enumerate(_words(table))
-        ]
-        matrix = RMinHash.digest_matrix_from_token_sets(sets, PERMUTATIONS, 0)
-        for row, flagged in enumerate(self._index.insert_matrix_and_query_duplicate_flags(matrix, first)):
-            if flagged:
-                sketch = RMinHash(PERMUTATIONS, 0)
-                sketch.update(sets[row])
-                self._candidates[first + row] = sorted(key for key in self._index.query(sketch) if key < first + row)
+    def add(self, table: pa.Table, unread: np.ndarray) -> None:
+        """Look at the next rows."""
+        words = _words(table)
+        offsets = words.offsets.to_numpy().astype(np.uint64)
+        spelled = words.flatten().dictionary_encode()
+        hashed = pd.util.hash_array(spelled.dictionary.to_numpy(zero_copy_only=False).astype(object), categorize=False)
+        tokens = hashed[spelled.indices.to_numpy()]
+        sketches = RMinHash.digest_matrix_from_flat_token_hashes(tokens, offsets, PERMUTATIONS, 0)
+        bands = np.array(sketches.to_rows(), dtype=np.uint64).reshape(-1, BANDS, PERMUTATIONS // BANDS)
+        mixed = _mixed(*bands.transpose(2, 0, 1))
+        mixed[unread | (np.diff(offsets.astype(np.int64)) < SHORTEST)] = 0
+        self._bands.append(mixed)
 
     def found(self, path: Path) -> dict[int, int]:
         """Row → the first earlier row it nearly repeats."""
-        wanted = {row for row, others in self._candidates.items() if others}
-        wanted |= {other for others in self._candidates.values() for other in others}
+        candidates = self._candidates()
+        firsts = {first for firsts in candidates.values() for first in firsts}
         words: dict[int, frozenset[str]] = {}
-        first = 0
-        for table in chunks(path, ["chosen", "rejected", "answer"]) if wanted else ():
-            rows = [row for row in range(first, first + len(table)) if row in wanted]
-            said = _words(table.take([row - first for row in rows]))
-            words |= {row: frozenset(one) for row, one in zip(rows, said, strict=True)}
-            first += len(table)
-        near = {
-            row: next((other for other in others if jaccard(words[row], words[other]) >= NEAR), None)
-            for row, others in self._candidates.items()
-        }
-        return {row: other for row, other in near.items() if other is not None}
+        near: dict[int, int] = {}
+        begins = 0
+        for table in chunks(path, ANSWERS) if candidates else ():
+            rows = [row for row in range(begins, begins + len(table)) if row in candidates or row in firsts]
+            for row, said in zip(rows, _words(table.take([row - begins for row in rows])).to_pylist(), strict=True):
+                its = frozenset(said)
+                if row in firsts:
+                    words[row] = its
+                like = (first for first in candidates.get(row, ()) if jaccard(its, words[first]) >= NEAR)
+                if (first := next(like, None)) is not None:
+                    near[row] = first
+            begins += len(table)
+        return near
+
+    def _candidates(self) -> dict[int, list[int]]:
+        """Row → the first rows of its bands, where they are earlier ones."""
+        bands = np.concatenate(self._bands) if self._bands else np.zeros((0, BANDS), dtype=np.uint64)
+        found: dict[int, set[int]] = {}
+        for band in bands.T:
+            _, first, where = np.unique(band, return_index=True, return_inverse=True)
+            earlier = first[where]
+            for row in np.flatnonzero((band != 0) & (earlier != np.arange(len(band)))).tolist():
+                found.setdefault(row, set()).add(int(earlier[row]))
+        return {row: sorted(firsts) for row, firsts in found.items()}
 
 
-def _words(table: pa.Table) -> list[list[str]]:
-    """The words of each row's answers, in lower case."""
-    columns = (table[name].to_pylist() for name in ("chosen", "rejected", "answer"))
-    return [" ".join(filter(None, sides)).lower().split() for sides in zip(*columns, strict=True)]
+def _words(table: pa.Table) -> pa.ListArray:
+    """(rows,) the words of each row's answers, in lower case."""
+    sides = (pc.fill_null(table[name], "") for name in ANSWERS)
+    said = pc.utf8_trim_whitespace(pc.utf8_lower(pc.binary_join_element_wise(*sides, " ")))
+    return pc.utf8_split_whitespace(said).combine_chunks()
 
 
 def jaccard(one: frozenset[str], other: frozenset[str]) -> float:

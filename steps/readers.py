@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,12 +22,12 @@ from steps.datasets import Source
 from steps.errors import DataError
 from steps.sources import File
 
+BOM = b"\xef\xbb\xbf"
 LONGEST_LINE = 64 << 20  # bytes; a longer line is not read as a record
 KEPT_OF_IT = 1 << 20  # characters of it that a quarantine row shows
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One record of a file.
 
     Attributes:
@@ -81,13 +82,13 @@ def lines_of(stream: IO[bytes]) -> Iterator[Record]:
     number = 0
     while line := stream.readline(LONGEST_LINE):
         number += 1
-        whole = line.endswith(b"\n") or len(line) < LONGEST_LINE
+        whole = len(line) < LONGEST_LINE or line.endswith(b"\n")
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
+            line = line.removeprefix(BOM)
         if not whole:
             while (rest := stream.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
                 pass
-        if whole and not line.strip():
+        elif line.isspace() or not line:
             continue
         text, encoding = decode(line.rstrip(b"\r\n"))
         if whole:
@@ -104,10 +105,26 @@ def json_lines(stream: IO[bytes]) -> Iterator[Record]:
 
 def _parsed(record: Record) -> Record:
     try:
-        value = json.loads(record.raw)
+        value = _STRICT.decode(record.raw)
     except (ValueError, RecursionError) as error:
         return Record(record.line, None, record.raw, record.encoding, f"not JSON ({error})")
     return Record(record.line, value, record.raw, record.encoding)
+
+
+class Twice(ValueError):
+    """An object names a field twice with different values: a reader would silently drop one of them."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs) and (lost := [name for name, value in pairs if found[name] != value]):
+        raise Twice(f"the field {lost[0]!r} stands there twice")
+    return found
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_once)
+_LENIENT = json.JSONDecoder()
+_GAP = re.compile(r"[\s,]*")
 
 
 def json_array(stream: IO[bytes]) -> Iterator[Record]:
@@ -115,10 +132,13 @@ def json_array(stream: IO[bytes]) -> Iterator[Record]:
 
     A file that begins like an array and does not end like one is a single record that could not be read.
     """
-    data = stream.read().removeprefix(b"\xef\xbb\xbf")
+    data = stream.read().removeprefix(BOM)
     text, encoding = decode(data)
     try:
-        value = json.loads(text)
+        value = _STRICT.decode(text)
+    except Twice:
+        yield from _elements(text, encoding) if text.lstrip()[:1] == "[" else json_lines(io.BytesIO(data))
+        return
     except (ValueError, RecursionError) as error:
         if text.lstrip()[:1] == "{":
             yield from json_lines(io.BytesIO(data))
@@ -130,6 +150,17 @@ def json_array(stream: IO[bytes]) -> Iterator[Record]:
         value = arrays[0] if len(arrays) == 1 and _holds_records(value, arrays[0]) else [value]
     for number, item in enumerate(value if isinstance(value, list) else [value], start=1):
         yield Record(number, item, _as_json(item), encoding)
+
+
+def _elements(text: str, encoding: str) -> Iterator[Record]:
+    """The elements of an array one by one, for some of them name a field twice."""
+    place = text.index("[") + 1
+    for number in itertools.count(1):
+        begin = _GAP.match(text, place).end()  # type: ignore[union-attr]
+        if text[begin] == "]":
+            return
+        _, place = _LENIENT.raw_decode(text, begin)
+        yield _parsed(Record(number, None, text[begin:place], encoding))
 
 
 def _holds_records(wrapper: dict[str, Any], array: list[Any]) -> bool:

@@ -15,22 +15,28 @@ the order of the rows does not matter:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from steps.datasets import Dataset, Split, dataset, folder, write_metrics, write_table
 from steps.errors import DataError, PrefloopError
+from steps.rows import hashes
 
 USES = {"train": 2, "held_out": 1}  # how many pairs one answer may be part of
+MANY, NEIGHBOURS = 1000, 16  # answers of one prompt from which not all pairs are looked at, and how many then are
 TOPIC_ROWS = 12  # a word is a topic when at least this many answers hold it …
 TOPIC_BALANCE = 0.35  # … and at least this share of them is liked, and at least this share is not
 COLUMNS = ["row_id", "kind", "prompt", "chosen", "rejected", "tie", "margin", "answer", "score", "ratings"]
 COLUMNS += ["file", "line", "part"]
+PAIR = ["prompt", "chosen", "rejected", "margin", "agreement", "chosen_id", "rejected_id"]
 _WORD = re.compile(r"[a-z]{4,}")
 
 
@@ -94,12 +100,7 @@ def pairs_of(rows: pd.DataFrame, uses: int, seed: int) -> pd.DataFrame:
     pairs = []
     for prompt, group in rows.sort_values("row_id").groupby("prompt", sort=True):
         members = list(group.itertuples(index=False))
-        possible = [
-            (unit_hash(seed, a.row_id, b.row_id), a, b)
-            for place, a in enumerate(members)
-            for b in members[place + 1 :]
-            if a.score != b.score
-        ]
+        possible = [(unit_hash(seed, a.row_id, b.row_id), a, b) for a, b in _twos(members, seed) if a.score != b.score]
         used: Counter[str] = Counter()
         for order, a, b in sorted(possible, key=lambda pair: pair[0]):
             if used[a.row_id] >= uses or used[b.row_id] >= uses:
@@ -118,8 +119,16 @@ def pairs_of(rows: pd.DataFrame, uses: int, seed: int) -> pd.DataFrame:
                     "rejected_id": rejected.row_id,
                 }
             )
-    columns = ["order", "prompt", "chosen", "rejected", "margin", "agreement", "chosen_id", "rejected_id"]
-    return pd.DataFrame(pairs, columns=columns).sort_values("order").drop(columns="order")
+    return pd.DataFrame(pairs, columns=["order", *PAIR]).sort_values("order").drop(columns="order")
+
+
+def _twos(members: list[Any], seed: int) -> Iterable[tuple[Any, Any]]:
+    """Every two answers of a prompt; of one with very many, each with its neighbours in an order set by hashes."""
+    if len(members) <= MANY:
+        return itertools.combinations(members, 2)
+    order = sorted(range(len(members)), key=lambda place: unit_hash(seed, members[place].row_id))
+    beside = itertools.chain.from_iterable(zip(order, order[step:], strict=False) for step in range(1, NEIGHBOURS + 1))
+    return ((members[min(two)], members[max(two)]) for two in beside)
 
 
 def split(rows: pd.DataFrame, entry: Dataset) -> dict[str, pd.DataFrame]:
@@ -165,102 +174,126 @@ def _dealt(rows: pd.DataFrame, shares: Split) -> dict[str, pd.DataFrame]:
 
     A prompt without answers is for sampling, so it and all its rows are held out. A row without a prompt goes to gold.
     """
-    held = set(rows.loc[rows["kind"] == "prompt", "prompt"])
-    dealt = {
-        prompt: "held_out" if prompt in held else part_of(prompt, shares) for prompt in rows["prompt"].dropna().unique()
-    }
-    part = rows["prompt"].map(dealt).fillna("gold")
     kind = rows["kind"]
-    pairs = rows[(kind == "pair") & ~rows["tie"].fillna(False).astype(bool)]
-    rated = rows[kind == "rated"]
+    held = rows.loc[kind == "prompt", "prompt"].unique().tolist()
+    dealt = _parts_of(rows["prompt"].dropna().unique().tolist(), set(held), shares)
+    part = rows["prompt"].map(dealt).fillna("gold")
+    pairs = (kind == "pair") & ~rows["tie"].fillna(False).astype(bool)
+    rated = kind == "rated"
     return {
-        "demonstrations": _demonstrations(rows, pairs, part),
-        "train": _preferences(pairs, rated, part, "preferences", shares.seed),
-        "held_out": _preferences(pairs, rated, part, "held_out", shares.seed),
+        "demonstrations": _demonstrations(rows, pairs, rated, part),
+        "train": _preferences(rows, pairs, rated, part == "preferences", USES["train"], shares.seed),
+        "held_out": _preferences(rows, pairs, rated, part == "held_out", USES["held_out"], shares.seed),
         "prompts": rows.loc[kind == "prompt", ["prompt", "row_id"]],
-        "gold": _gold(pairs, rated, part),
+        "gold": _gold(rows, pairs & (part == "gold"), rated & (part == "gold")),
     }
 
 
-def _demonstrations(rows: pd.DataFrame, pairs: pd.DataFrame, part: pd.Series) -> pd.DataFrame:
+def _parts_of(prompts: list[str], held: set[str], shares: Split) -> dict[str, str]:
+    """Prompt → the part it is dealt to; one that is only spelled otherwise goes where the other goes.
+
+    Of several spellings the one that is held out decides, else the first by its hash.
+    """
+    dealt = {prompt: "held_out" if prompt in held else part_of(prompt, shares) for prompt in prompts}
+    keys = pd.Series(_text_keys(pd.Series(prompts, dtype="str")), index=prompts)
+    again = keys[keys.duplicated(keep=False)]
+    for _, spellings in again.groupby(again):
+        first = min(spellings.index, key=lambda prompt: (prompt not in held, unit_hash(shares.seed, prompt)))
+        dealt |= dict.fromkeys(spellings.index, dealt[first])
+    return dealt
+
+
+def _demonstrations(rows: pd.DataFrame, pairs: pd.Series, rated: pd.Series, part: pd.Series) -> pd.DataFrame:
     """What SFT imitates: demonstrations that are not held out, and of its share of the prompts the answers given.
 
     A demonstration whose prompt also has compared or rated answers goes where those go. Of a pair it is the chosen
-    side. Rated answers stand for themselves, whatever their score, unless they were
-    thumbed down.
+    side. Rated answers stand for themselves, whatever their score, unless they were thumbed down.
     """
-    elsewhere = set(rows.loc[rows["kind"].isin(["pair", "rated"]) & (part != "demonstrations"), "prompt"])
-    given = rows[(rows["kind"] == "demonstration") & (part != "held_out") & ~rows["prompt"].isin(elsewhere)]
-    chosen = pairs[part.loc[pairs.index] == "demonstrations"]
-    rated = rows[(rows["kind"] == "rated") & (part == "demonstrations")]
-    rated = rated[~((rated["score"] == -1) & (rated["ratings"].map(_length) == 0))]
+    ours = part == "demonstrations"
+    elsewhere = rows.loc[rows["kind"].isin(["pair", "rated"]) & ~ours, "prompt"]
+    given = (rows["kind"] == "demonstration") & (part != "held_out")
+    given[given] = ~rows.loc[given, "prompt"].isin(elsewhere)
+    down = rows["score"] == -1
+    down[down] = rows.loc[down, "ratings"].map(_length) == 0
     named = [
-        given.rename(columns={"answer": "completion"}),
-        chosen.drop(columns="answer").rename(columns={"chosen": "completion"}),
-        rated.rename(columns={"answer": "completion"}),
+        _renamed(rows, given, answer="completion"),
+        _renamed(rows, pairs & ours, chosen="completion"),
+        _renamed(rows, rated & ours & ~down, answer="completion"),
     ]
     return pd.concat([frame[["prompt", "completion", "row_id"]] for frame in named], ignore_index=True)
+
+
+def _renamed(rows: pd.DataFrame, mask: pd.Series, **names: str) -> pd.DataFrame:
+    """The rows a mask is true for, with a column under another name."""
+    columns = ["prompt", "score", "row_id", *names]
+    return rows.loc[mask, columns].rename(columns=names)
 
 
 def _length(values: object) -> int:
     return len(values) if isinstance(values, np.ndarray | list) else 0
 
 
-def _preferences(pairs: pd.DataFrame, rated: pd.DataFrame, part: pd.Series, name: str, seed: int) -> pd.DataFrame:
+def _preferences(
+    rows: pd.DataFrame, pairs: pd.Series, rated: pd.Series, ours: pd.Series, uses: int, seed: int
+) -> pd.DataFrame:
     """The comparisons of a part: those people made, and those their ratings make."""
-    said = _in_hash_order(pairs[part.loc[pairs.index] == name], seed)
-    said = said[["prompt", "chosen", "rejected", "margin"]].assign(
-        agreement=np.nan, chosen_id=said["row_id"], rejected_id=said["row_id"]
-    )
-    uses = USES["train" if name == "preferences" else name]
-    made = pairs_of(rated[part.loc[rated.index] == name], uses, seed)
+    said = rows.loc[pairs & ours, ["row_id", "prompt", "chosen", "rejected", "margin"]]
+    said = _in_hash_order(said, seed).rename(columns={"row_id": "chosen_id"})
+    said = said.assign(agreement=np.nan, rejected_id=said["chosen_id"])[PAIR]
+    made = pairs_of(rows[rated & ours], uses, seed)
     return pd.concat([frame for frame in (said, made) if len(frame)], ignore_index=True) if len(made) else said
 
 
-def _gold(pairs: pd.DataFrame, rated: pd.DataFrame, part: pd.Series) -> pd.DataFrame:
+def _gold(rows: pd.DataFrame, pairs: pd.Series, rated: pd.Series) -> pd.DataFrame:
     """Scored answers for the judge: people's ratings as they are; a chosen side scores 1, a rejected one −1."""
-    sides = pairs[part.loc[pairs.index] == "gold"].drop(columns=["answer", "score"])
-    frames = [rated[part.loc[rated.index] == "gold"]]
+    frames = [rows[rated]]
     frames += [
-        sides.rename(columns={side: "answer"}).assign(score=score)
+        _renamed(rows, pairs, **{side: "answer"}).assign(score=score)
         for side, score in (("chosen", 1.0), ("rejected", -1.0))
     ]
     return pd.concat([frame[["answer", "score", "row_id"]] for frame in frames], ignore_index=True)
 
 
 def _in_hash_order(frame: pd.DataFrame, seed: int) -> pd.DataFrame:
-    order = frame["row_id"].map(lambda identity: unit_hash(seed, identity))
-    return frame.loc[order.sort_values(kind="stable").index]
+    order = [unit_hash(seed, identity) for identity in frame["row_id"].tolist()]
+    return frame.iloc[np.argsort(order, kind="stable")]
 
 
-def texts_of(part: pd.DataFrame) -> set[str]:
-    """Every answer in a part, whatever its column is called."""
-    columns = [name for name in ("completion", "chosen", "rejected", "answer") if name in part]
-    return set().union(*(set(part[name]) for name in columns))
+def texts_of(part: pd.DataFrame) -> pd.DataFrame:
+    """The answers in a part, whatever their columns are called."""
+    return part[[name for name in ("completion", "chosen", "rejected", "answer") if name in part]]
+
+
+def _text_keys(texts: pd.Series) -> np.ndarray:
+    """(n,) uint64: one number for texts that differ in case, width, spaces and outer punctuation at most."""
+    keys = hashes(pa.Table.from_pandas(texts.to_frame(), preserve_index=False)[0].cast(pa.large_string()))
+    bare = keys == 0  # nothing but punctuation
+    keys[bare] = pd.util.hash_array(texts[bare].to_numpy(dtype=object), categorize=False)
+    return keys
 
 
 def _without_leaks(parts: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """Take from a part the rows whose text stands in an earlier one; gold and held-out are served first."""
-    seen: set[str] = set()
+    seen = np.array([], dtype=np.uint64)
     clean = {}
     for name in ("prompts", "gold", "held_out", "train", "demonstrations"):
-        part = parts[name]
-        columns = [column for column in ("completion", "chosen", "rejected", "answer") if column in part]
-        clean[name] = part[~part[columns].map(seen.__contains__).any(axis=1)]
-        seen |= texts_of(part)
+        keys = [_text_keys(texts) for _, texts in texts_of(parts[name]).items()]
+        leaks = [np.isin(key, seen) for key in keys] or [np.zeros(len(parts[name]), dtype=bool)]
+        clean[name] = parts[name][~np.logical_or.reduce(leaks)]
+        seen = np.unique(np.concatenate([seen, *keys]))
     return clean
 
 
 def main(name: str) -> None:
     entry = dataset(name)
-    rows = pd.read_parquet(folder(name) / "valid.parquet", columns=COLUMNS)
-    tables = split(rows, entry)
+    valid = folder(name) / "valid.parquet"
+    tables = split(pd.read_parquet(valid, columns=COLUMNS), entry)
     for table, frame in tables.items():
         write_table(frame, folder(name) / f"{table}.parquet")
     pairs = tables["preferences"]
     counts = {table: len(frame) for table, frame in tables.items()}
     counts |= {f"preferences_{part}": int((pairs["part"] == part).sum()) for part in USES}
-    counts["ties"] = int(rows["tie"].fillna(False).sum())
+    counts["ties"] = int(pd.read_parquet(valid, columns=["tie"])["tie"].fillna(False).sum())
     rated = pairs["agreement"].dropna()
     ceiling = {"agreement": round(float(rated.mean()), 4)} if len(rated) else {}
     write_metrics({**counts, **ceiling}, folder(name) / "split.json")

@@ -115,15 +115,24 @@ class Expectations:
         return [name for name, (_, success) in self._validated(frame, kinds).items() if not success]
 
     def _validated(self, frame: pd.DataFrame, expectations: Mapping[str, Any]) -> dict[str, tuple[list[int], bool]]:
-        """Index labels of the rows that break each expectation, and whether it holds."""
+        """Index labels of the rows that break each expectation, and whether it holds.
+
+        All of them go in one suite, for the library hashes the whole frame each time it is asked.
+        """
+        if not expectations:
+            return {}
+        suite = self._gx.ExpectationSuite("all", expectations=list(expectations.values()))
         batch = self._whole.get_batch({"dataframe": frame})
+        results = batch.validate(suite, result_format={"result_format": "COMPLETE"}).results
         found = {}
-        for name, expectation in expectations.items():
-            result = batch.validate(expectation, result_format={"result_format": "COMPLETE"})
+        for result in results:
+            name = result.expectation_config.kwargs["column"]  # type: ignore[union-attr]
             if thrown := _thrown(result.exception_info):
                 raise DataError("a check could not be evaluated", where=f"the check '{name}'", have=thrown)
             found[name] = list(result.result.get("unexpected_index_list") or ()), bool(result.success)
-        return found
+        if missing := sorted(set(expectations) - set(found)):
+            raise DataError("a check was not evaluated", where=f"the check '{missing[0]}'")
+        return {name: found[name] for name in expectations}
 
 
 def _thrown(info: dict[str, Any] | None) -> str:
@@ -253,7 +262,7 @@ def _reasons(found: Mapping[str, Found], rows: int) -> pd.DataFrame:
 
 
 def _kept(table: pa.Table, kept: np.ndarray, warnings: Mapping[int, list[str]], rules: Rules) -> pa.Table:
-    said = pa.array([warnings.get(row, []) for row in range(len(table))], WARNINGS.type)
+    said = _lists(warnings, len(table))
     if rules.redact:
         for name in TEXTS:
             texts = [text and redacted(text) for text in table[name].to_pylist()]
@@ -267,6 +276,14 @@ def _kept(table: pa.Table, kept: np.ndarray, warnings: Mapping[int, list[str]], 
         field = SCHEMA.field("turns")
         table = table.set_column(table.schema.get_field_index("turns"), field, pa.array(turns, field.type))
     return table.drop_columns("raw").append_column(WARNINGS, said).filter(pa.array(kept))
+
+
+def _lists(warnings: Mapping[int, list[str]], rows: int) -> pa.Array:
+    """(rows,) a list of words for each row, empty for most."""
+    counts = np.zeros(rows + 1, dtype=np.int32)
+    counts[[row + 1 for row in warnings]] = [len(warnings[row]) for row in warnings]
+    words = [word for row in sorted(warnings) for word in warnings[row]]
+    return pa.ListArray.from_arrays(pa.array(np.cumsum(counts, dtype=np.int32)), pa.array(words, pa.string()))
 
 
 def _write_quarantine(bad: Iterator[dict[str, Any]], entry: Dataset, here: Path, local: Path) -> int:

@@ -14,6 +14,7 @@ import tiny
 
 from steps.checks import CHECKS, luhn, redacted
 from steps.errors import DataError
+from steps.overview import look_over
 
 SNIPPETS = (
     "Élodie naïvely ordered crème brûlée",
@@ -268,6 +269,17 @@ def test_what_only_rows_together_show_is_found_on_their_lines(
 ) -> None:
     records, lines = planted(faults, CLEAN)
     assert findings(records, tmp_path) == {lines[place]: [check] for place in found}
+
+
+def test_thousands_of_answers_of_one_template_are_each_held_against_few(tmp_path: Path) -> None:
+    """Every two of them would be 200 million comparisons."""
+    words = " ".join(NOUNS.split()[:24])
+    records = [{"prompt": f"p{n}", "chosen": f"{words} {n}", "rejected": "No."} for n in range(20_000)]
+    tiny.ingested({"p.jsonl": records}, tmp_path)
+    near = look_over(tmp_path / "rows.parquet").near_repeats
+    assert len(near) > 19_000
+    assert len(set(near.values())) < 200
+    assert all(other < row for row, other in near.items())
 
 
 @pytest.mark.parametrize(

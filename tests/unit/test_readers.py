@@ -328,3 +328,25 @@ def test_a_hub_dataset_that_cannot_be_loaded_is_named(source: dict[str, str], hu
 def test_a_single_record_with_turns_or_answers_is_no_wrapper(tmp_path: Path, record: dict) -> None:
     (tmp_path / "one.json").write_text(json.dumps(record))
     assert [found.value for found in records(File("one", "one.json", tmp_path / "one.json"))] == [record]
+
+
+@pytest.mark.parametrize("second", ["y", None, [1], "é 🙂"])
+@pytest.mark.parametrize("nest", [lambda inner: inner, lambda inner: {"a": [inner]}])
+def test_a_field_that_stands_twice_is_a_problem_and_not_dropped(nest: Callable, second: object, read: Callable) -> None:
+    twice = json.dumps(nest({"chosen": "x"}), ensure_ascii=False).replace('"x"', f'"x", "chosen": {json.dumps(second)}')
+    good = json.dumps({"chosen": "z"})
+    for name, text in (("p.jsonl", f"{good}\n{twice}\n{good}"), ("p.json", f" [{good},\n {twice} , {good} ]\n")):
+        found = read(name, text.encode())
+        assert [record.line for record in found] == [1, 2, 3]
+        assert [record.value for record in (found[0], found[2])] == [{"chosen": "z"}] * 2
+        assert (found[1].value, found[1].raw) == (None, twice)
+        assert "the field 'chosen' stands there twice" in (found[1].problem or "")
+
+
+def test_a_field_that_says_the_same_twice_loses_nothing(read: Callable) -> None:
+    assert [record.value for record in read("p.jsonl", b'{"a": 1, "a": 1}')] == [{"a": 1}]
+
+
+def test_json_lines_in_a_json_file_of_which_one_names_a_field_twice(read: Callable) -> None:
+    found = read("p.json", b'{"a": 1, "a": 2}\n{"a": 3}\n')
+    assert [(record.line, record.value) for record in found] == [(1, None), (2, {"a": 3})]

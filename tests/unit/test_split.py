@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,11 @@ CASES = {
     "mixed": (mixed_rows, preferences_entry),
     "rated_sentences": (rated_rows, lambda: rated_entry(Split(seed=1, **SHARES.model_dump(exclude={"seed"})))),
 }
+
+
+def said(part: pd.DataFrame) -> set[str]:
+    """Every answer in a part."""
+    return set(texts_of(part).to_numpy().ravel())
 
 
 def parts_of(kind: str) -> dict[str, pd.DataFrame]:
@@ -297,9 +303,54 @@ def test_no_prompt_stands_in_two_parts(kind: str) -> None:
     assert sum(map(len, prompts)) == len(set.union(*prompts))
 
 
+@pytest.mark.parametrize(
+    "spell", [str.upper, lambda text: f"  {text}?!", lambda text: text.replace(" ", "\u2003\n")], ids=range(3)
+)
+def test_a_prompt_that_is_spelled_otherwise_stays_in_its_part(spell: Callable[[str], str]) -> None:
+    """Of 60 prompts in two spellings, dealt alone, about 43 would come apart."""
+    told = [{"kind": "pair", "prompt": f"café {n}", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(60)]
+    other = [{**row, "prompt": spell(row["prompt"]), "chosen": f"well {row['chosen']}"} for row in told]
+    rows = canonical([*told, *other])
+    tables = split(rows, preferences_entry())
+    parts = {
+        "demonstrations": tables["demonstrations"],
+        **{name: rows for name, rows in tables["preferences"].groupby("part")},
+    }
+    where: dict[str, set[str]] = {}
+    for name, part in parts.items():
+        for prompt in part["prompt"]:
+            where.setdefault(prompt, set()).add(name)
+    assert len(where) > 40
+    for row, also in zip(told, other, strict=True):
+        assert where.get(row["prompt"]) == where.get(also["prompt"])
+
+
+def test_an_answer_that_is_spelled_otherwise_stands_in_one_part() -> None:
+    told = [
+        {"kind": "pair", "prompt": f"p{n}", "chosen": f"yes {n % 30}", "rejected": f"NO {n % 30}!"} for n in range(120)
+    ]
+    for row in told[60:]:
+        row |= {"chosen": row["chosen"].upper(), "rejected": row["rejected"].lower()}
+    tables = split(canonical(told), preferences_entry())
+    parts = [tables["demonstrations"], tables["gold"], *(part for _, part in tables["preferences"].groupby("part"))]
+    texts = [{text.lower().strip("!") for text in said(part)} for part in parts]
+    assert sum(map(len, texts)) == len(set.union(*texts)) > 20
+
+
+def test_a_prompt_with_thousands_of_answers_makes_pairs_of_most_of_them() -> None:
+    rows = canonical(
+        [{"kind": "rated", "prompt": "p", "answer": f"a{n}", "score": n % 2 * 2 - 1} for n in range(20_000)]
+    )
+    pairs = pairs_of(rows, 1, 0)  # every two of them would be 200 million
+    assert 8_000 < len(pairs) <= 10_000
+    assert set(pairs["margin"]) == {2}
+    assert pd.concat([pairs["chosen_id"], pairs["rejected_id"]]).is_unique
+    pd.testing.assert_frame_equal(pairs_of(rows[::-1], 1, 0), pairs)
+
+
 @pytest.mark.parametrize("kind", CASES)
 def test_no_text_stands_in_two_parts(kind: str) -> None:
-    texts = [texts_of(part) for name, part in parts_of(kind).items() if name != "prompts"]
+    texts = [said(part) for name, part in parts_of(kind).items() if name != "prompts"]
     assert all(texts)
     assert sum(map(len, texts)) == len(set.union(*texts))
 
@@ -400,7 +451,7 @@ def test_prompts_without_answers_are_held_out_with_all_that_belongs_to_them() ->
     assert asked <= set(parts["prompts"]["prompt"])
     assert not asked & (set(parts["train"]["prompt"]) | set(parts["demonstrations"]["prompt"]))
     compared = rows[(rows["kind"] == "pair") & rows["prompt"].isin(asked)]
-    assert not texts_of(compared) & texts_of(parts["train"])
+    assert not said(compared) & said(parts["train"])
 
 
 def test_demonstrations_alone_are_enough() -> None:
