@@ -314,7 +314,7 @@ def test_a_prompt_that_is_spelled_otherwise_stays_in_its_part(spell: Callable[[s
     tables = split(rows, preferences_entry())
     parts = {
         "demonstrations": tables["demonstrations"],
-        **{name: rows for name, rows in tables["preferences"].groupby("part")},
+        **dict(iter(tables["preferences"].groupby("part"))),
     }
     where: dict[str, set[str]] = {}
     for name, part in parts.items():
