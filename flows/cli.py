@@ -88,27 +88,20 @@ def step(
     from steps.errors import RecipeError, did_you_mean
     from steps.experiment import Experiment
     from steps.paths import Var, project_root
+    from steps.pipeline import before
 
     if name not in Recipe.STEPS:
         raise RecipeError(f"there is no step '{name}'", have=did_you_mean(name, Recipe.STEPS))
     root = project_root()
     _environment(Var(root))
     command = shlex.join([str(recipe), *(part for a in assignments or () for part in ("--set", a))])
-    experiment = Experiment(
-        load(recipe, assignments or ()), root, Console(highlight=False), {"prefloop.command": command}
-    )
+    loaded = load(recipe, assignments or ())
+    experiment = Experiment(loaded, root, Console(highlight=False), {"prefloop.command": command})
     experiment.prepare_data()
-    for before in Recipe.STEPS[: Recipe.STEPS.index(name)]:
-        if before in _needed(name):
-            experiment.run(before)
+    for earlier in Recipe.STEPS[: Recipe.STEPS.index(name)]:
+        if earlier in before(name, loaded):
+            experiment.run(earlier)
     experiment.run_one(name, again=force)
-
-
-def _needed(name: str) -> set[str]:
-    from steps.pipeline import STEPS
-
-    direct = {given for given in STEPS[name].inputs.values() if given in STEPS}
-    return direct | {further for step in direct for further in _needed(step)}
 
 
 @app.command()

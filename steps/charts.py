@@ -20,7 +20,12 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str, str], ...], float | None], ...] =
     ("rewards", (("rewards/chosen", "chosen", BLUE), ("rewards/rejected", "rejected", ORANGE)), 0.0),
     ("margin (chosen − rejected)", (("rewards/margins", "train", BLUE),), 0.0),
     ("share of pairs ordered right", (("rewards/accuracies", "train", BLUE),), 0.5),
+    ("reward model's score of answers", (("reward", "mean", BLUE),), None),
+    ("KL to the start, nats an answer", (("kl", "mean", BLUE),), 0.0),
+    ("critic: explained variance", (("explained_variance", "of returns", BLUE),), 0.0),
+    ("tokens in an answer", (("completion_length", "mean", BLUE),), None),
 )
+ACROSS = 4  # panels in a row
 
 
 def draw(folder: Path, step: str, inputs: Mapping[str, Path], facts: Facts) -> Path | None:
@@ -41,13 +46,16 @@ def draw(folder: Path, step: str, inputs: Mapping[str, Path], facts: Facts) -> P
 def step_chart(folder: Path, title: str) -> Path | None:
     """The curves in a step's journal; None when it has none."""
     found = curves(folder)
-    panels = [panel for panel in PANELS if any(name in found for name, _, _ in panel[1])]
+    panels = [panel for panel in PANELS if any({name, f"eval_{name}"} & found.keys() for name, _, _ in panel[1])]
     if not panels:
         return None
     plt = _pyplot()
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
-    for ax, (label, series, level) in zip(axes[0], panels, strict=True):
+    across, down = min(ACROSS, len(panels)), -(-len(panels) // ACROSS)
+    figure, axes = plt.subplots(down, across, figsize=(4.2 * across, 3.2 * down), squeeze=False)
+    for ax, (label, series, level) in zip(axes.flat, panels, strict=False):
         _panel(ax, found, label, series, level)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return _save(figure, folder / CHART)
 
@@ -114,7 +122,11 @@ def run_picture(folders: Mapping[str, Path], measured: Facts) -> Path:
     accuracy = f"{reward.facts['accuracy']:.0%} of held-out pairs right" if reward else ""
     _panel(axes[1], curves(folders["reward"]), "", PANELS[3][1], 0.5)
     axes[1].set_title(f"reward model: {accuracy}", fontsize=9, loc="left")
-    _panel(axes[2], curves(folders["policy"]), "policy: implicit rewards", PANELS[1][1], 0.0)
+    tuned = curves(folders["policy"])
+    if "reward" in tuned:
+        _panel(axes[2], tuned, f"policy: {PANELS[4][0]}", PANELS[4][1], None)
+    else:
+        _panel(axes[2], tuned, "policy: implicit rewards", PANELS[1][1], 0.0)
     table = pd.read_parquet(folders["evaluate"] / "completions.parquet")
     bins = np.linspace(
         min(table["start_gold"].min(), table["policy_gold"].min()),

@@ -15,13 +15,13 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from steps.errors import RecipeError, did_you_mean
-from steps.trainer_fields import OWNED, fields_of
+from steps.trainer_fields import fields_of, owned_of
 
 
 class Section(BaseModel):
     """A part of a recipe: immutable, and no key that is not declared."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Data(Section):
@@ -59,10 +59,10 @@ class Model(Section):
 
 def _checked_trainer(kind: str):
     def check(trainer: dict[str, Any]) -> dict[str, Any]:
-        problems = []
+        problems, owned = [], owned_of(kind)
         for key in trainer:
-            if key in OWNED:
-                problems.append(f"{key}: decided by prefloop ({OWNED[key]})")
+            if key in owned:
+                problems.append(f"{key}: decided by prefloop ({owned[key]})")
             elif key not in fields_of(kind):
                 problems.append(f"{key}: not a field of TRL's configuration, {did_you_mean(key, fields_of(kind))}")
         if problems:
@@ -99,8 +99,79 @@ class Reward(Pairs):
 class DPO(Pairs):
     """Direct preference optimisation (arXiv:2305.18290); `trainer.loss_type` chooses its relatives."""
 
-    method: Literal["dpo"] = "dpo"
     trainer: Annotated[dict[str, Any], _checked_trainer("dpo")] = {}
+
+
+class OnPolicy(Section):
+    """What methods have in common that learn from the reward model's scores of the policy's own answers."""
+
+    rollouts: int = Field(16, ge=1, description="How often answers are drawn and learnt from.")
+    held_out: int = Field(192, ge=1, description="Held-out pairs the policy's implicit rewards are measured on.")
+    measure_every: int = Field(8, ge=1, description="Rollouts between two measurements on the held-out pairs.")
+    samples_every: int = Field(4, ge=1, description="Rollouts between two tables of answers.")
+
+
+class KL(Section):
+    """Penalty for leaving the start policy (Ziegler et al. 2019, arXiv:1909.08593, eq. 2 and §2.2)."""
+
+    coefficient: float = Field(0.05, ge=0, description="β, in normalised reward per nat.")
+    target: float | None = Field(None, gt=0, description="Nats an answer to steer β towards; fixed if not given.")
+    rate: float = Field(0.1, gt=0, description="K_β: how fast β follows.")
+
+
+class PPO(OnPolicy):
+    """Proximal policy optimisation (arXiv:1707.06347) as InstructGPT has it (arXiv:2203.02155).
+
+    Of TRL's fields, `epsilon` is the ratio clip, `num_iterations` the epochs over a rollout, `steps_per_generation`
+    the minibatches of a rollout, and `per_device_train_batch_size` the answers in a minibatch.
+    """
+
+    kl: KL = KL()  # type: ignore[call-arg]
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount of later rewards.")
+    lam: float = Field(0.95, ge=0, le=1, description="λ of GAE; 1 gives Monte-Carlo returns.")
+    value_coefficient: float = Field(0.5, gt=0, description="Weight of the critic's loss.")
+    value_clip: float | None = Field(0.2, gt=0, description="Clip of the critic's change; none when null.")
+    critic_learning_rate: float | None = Field(None, gt=0, description="The policy's when not given.")
+    critic_start: Literal["reward", "zero"] = Field("reward", description="Where the critic begins.")
+    critic_warmup: int = Field(0, ge=0, description="Rollouts from which the critic alone learns, at first.")
+    backbone: Literal["shared", "separate"] = Field(
+        "shared", description="Policy, reference, reward model and critic as adapters over one base, or models apart."
+    )
+    normalise_reward: int = Field(
+        128, ge=0, description="Answers of the start policy whose rewards get mean 0 and variance 1; 0 for none."
+    )
+    reward_clip: float | None = Field(None, gt=0, description="Bound of the normalised reward.")
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+    missing_eos_penalty: float = Field(0.0, ge=0, description="Taken from the reward of an answer that was cut off.")
+    entropy_coefficient: float = Field(0.0, ge=0, description="Weight of an entropy bonus, in loss per nat.")
+    ptx_coefficient: float = Field(0.0, ge=0, description="γ of InstructGPT's pre-training mix, on demonstrations.")
+    update_kl: float | None = Field(
+        None, gt=0, description="Nats a token; a rollout's updates stop once the policy has moved further than this."
+    )
+    trainer: Annotated[dict[str, Any], _checked_trainer("ppo")] = {}
+
+
+class RLOO(OnPolicy):
+    """REINFORCE leave-one-out (arXiv:2402.14740), TRL's trainer on our reward model."""
+
+    trainer: Annotated[dict[str, Any], _checked_trainer("rloo")] = {}
+
+
+class GRPO(OnPolicy):
+    """Group-relative policy optimisation (arXiv:2402.03300), TRL's trainer on our reward model."""
+
+    trainer: Annotated[dict[str, Any], _checked_trainer("grpo")] = {}
+
+
+class Policy(Section):
+    """How the policy is tuned. A recipe may hold settings of several methods; `method` says whose are used."""
+
+    method: Literal["dpo", "ppo", "rloo", "grpo"] = "dpo"
+    dpo: DPO = DPO()  # type: ignore[call-arg]
+    ppo: PPO = PPO()  # type: ignore[call-arg]
+    rloo: RLOO = RLOO()  # type: ignore[call-arg]
+    grpo: GRPO = GRPO()  # type: ignore[call-arg]
 
 
 class Evaluate(Section):
@@ -140,12 +211,19 @@ class Recipe(Section):
     model: Model
     sft: SFT = SFT()  # type: ignore[call-arg]
     reward: Reward = Reward()  # type: ignore[call-arg]
-    policy: DPO = DPO()  # type: ignore[call-arg]
+    policy: Policy = Policy()  # type: ignore[call-arg]
     evaluate: Evaluate = Evaluate()  # type: ignore[call-arg]
     gate: Gate = Gate()  # type: ignore[call-arg]
     launch: Launch = Launch()  # type: ignore[call-arg]
 
     STEPS: ClassVar[tuple[str, ...]] = ("base", "sft", "reward", "policy", "evaluate", "gate")
+
+    def used(self) -> dict[str, Any]:
+        """The recipe as plain values, without the settings of methods that are not used."""
+        values = self.model_dump(mode="json")
+        method = values["policy"]["method"]
+        values["policy"] = {"method": method, method: values["policy"][method]}
+        return values
 
     @field_validator("name")
     @classmethod
@@ -274,7 +352,10 @@ def load(path: str | Path, assignments: list[str] | tuple[str, ...] = ()) -> Rec
 SECTIONS: dict[str, type[Section]] = {
     "sft": SFT,
     "reward": Reward,
-    "policy": DPO,
+    "dpo": DPO,
+    "ppo": PPO,
+    "rloo": RLOO,
+    "grpo": GRPO,
     "evaluate": Evaluate,
     "gate": Gate,
     "lora": Lora,

@@ -108,7 +108,7 @@ class Experiment:
                 **self.tags,
             }
             tracking.append(folder, "start", name=folder.name, experiment=self.recipe.name, parent=None, tags=tags)
-            tracking.append(folder, "params", values=flat(recipe))
+            tracking.append(folder, "params", values=flat(self.recipe.used()))
             tracking.append(folder, "artifact", path="recipe.yaml")
             self._folder = folder
         return self._folder
@@ -150,7 +150,7 @@ class Experiment:
         except PrefloopError:  # the data is not there yet
             coming = list(self.recipe.STEPS)
         if coming:
-            self.launch.prepare([pipeline.module_of(name) for name in coming])
+            self.launch.prepare([pipeline.module_of(name, self.recipe) for name in coming])
         _ = self.forwarder.client
 
     def spec(self, name: str) -> StepSpec:
@@ -178,7 +178,7 @@ class Experiment:
             )
             if not resumed:
                 tracking.append(partial, "params", values=flat({"seed": spec.seed, **spec.config}))
-                if tables := pipeline.tables_of(name):
+                if tables := pipeline.tables_of(name, self.recipe):
                     tracking.append(partial, "inputs", datasets=self._datasets(tables))
 
         def work(partial: Path) -> None:

@@ -4,8 +4,9 @@ With adapters in the upper layers only, everything below is a fixed function of 
 keeps that function's value; later forwards of the row start from there. A training step on rows seen before is 1.6
 times as fast with 20 of 30 layers frozen (`benchmarks/frozen_layers.py`).
 
-Only for a step that passes over all its rows before it trains, as DPO does for its reference. Elsewhere a run that was
-interrupted would remember other batches than one that was not, and differ from it in the last bit.
+Only for training that passes over all its rows before it learns from them, as DPO does for its reference and PPO for
+each rollout. Elsewhere a run that was interrupted would remember other batches than one that was not, and differ from
+it in the last bit.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ class FrozenLayers:
         decoder.register_forward_pre_hook(self._look_up, with_kwargs=True)
         for place, layer in enumerate(decoder.layers[:depth]):
             layer.forward = functools.partial(self._layer, place, layer.forward)
+
+    def forget(self) -> None:
+        """Begin anew: rows that will not come again make room."""
+        self.kept.clear()
+        self.size = 0
 
     def _look_up(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         ids, mask = args[0] if len(args) == 1 else kwargs.get("input_ids"), kwargs.get("attention_mask")

@@ -80,7 +80,7 @@ def add_labelled_lm_head(
         if cast_lm_head_to_fp32:
             hidden, weight = hidden.float(), weight.float()
         chunks = [
-            token_statistics(F.linear(h, weight).float() / temperature, t, outputs)
+            token_statistics(at_least_float32(F.linear(h, weight)) / temperature, t, outputs)
             for h, t in zip(hidden[mask].split(_ROWS), targets[mask].split(_ROWS), strict=True)
         ]
         found = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
@@ -94,9 +94,21 @@ def add_labelled_lm_head(
     model.forward = types.MethodType(forward, model)
 
 
+def at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    """Values in a precision that sums over a vocabulary keep."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 @contextmanager
-def labelled_lm_head(*modules: Any) -> Iterator[None]:
-    """While the body constructs a trainer, `add_fused_lm_head` in these TRL modules is ours."""
+def labelled_lm_head(*modules: Any, entropy_gradient: bool = False) -> Iterator[None]:
+    """While the body constructs a trainer, `add_fused_lm_head` in these TRL modules is ours.
+
+    Args:
+        entropy_gradient: whether the trainer learns from the entropy; ours only reports it, so TRL's stays.
+    """
+    if entropy_gradient:
+        yield
+        return
     for module in modules:
         module.add_fused_lm_head = add_labelled_lm_head
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, load_peft_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -95,6 +95,19 @@ def lora_config(lora: Lora, base: Path, task: str) -> LoraConfig:
         layers_to_transform=list(range(layers - top, layers)) if top else None,
         base_model_name_or_path=base_id(base),
     )
+
+
+def score_head(adapter: Path) -> torch.Tensor:
+    """(1, hidden) weight of the head a reward model's adapter was saved with.
+
+    Raises:
+        ModelError: the adapter has none.
+    """
+    weights = load_peft_weights(str(adapter), device="cpu")
+    heads = [value for name, value in weights.items() if name.endswith("score.weight")]
+    if len(heads) != 1:
+        raise ModelError("this is not a reward model's adapter", where=str(adapter), have=f"{len(heads)} score heads")
+    return heads[0]
 
 
 def frozen_depth(config: LoraConfig, layers: int) -> int:

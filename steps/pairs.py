@@ -29,9 +29,7 @@ def training_and_held_out(preferences: Path, config: Pairs) -> tuple[Dataset, Da
     if config.max_chars is not None:
         fit &= table["length"] <= config.max_chars
     train = table[fit].head(config.pairs)
-    held_out = table[table["part"] == "held_out"]
-    if held_out.empty:
-        raise DataError("there are no held-out pairs", where=str(preferences), then="add data, or change the split")
+    held_out = _held_out(table, preferences)
     count, batch = even_batches(min(config.held_out, len(held_out)))
     if train.empty:
         bound = f" and answers of at most {config.max_chars} characters" if config.max_chars else ""
@@ -42,6 +40,22 @@ def training_and_held_out(preferences: Path, config: Pairs) -> tuple[Dataset, Da
             then="lower min_margin or raise max_chars in the recipe",
         )
     return _dataset(train), _dataset(held_out.head(count)), batch
+
+
+def held_out_pairs(preferences: Path, count: int) -> pd.DataFrame:
+    """The first held-out pairs, whatever they are.
+
+    Raises:
+        DataError: there is none.
+    """
+    return _held_out(pd.read_parquet(preferences), preferences)[COLUMNS].head(count)
+
+
+def _held_out(table: pd.DataFrame, where: Path) -> pd.DataFrame:
+    pairs = table[table["part"] == "held_out"]
+    if pairs.empty:
+        raise DataError("there are no held-out pairs", where=str(where), then="add data, or change the split")
+    return pairs
 
 
 def _dataset(pairs: pd.DataFrame) -> Dataset:

@@ -42,11 +42,6 @@ STEPS: dict[str, Step] = {
         {"reward": "reward", **_ADAPTED},
         {"base": "base", "preferences": "data/preferences"},
     ),
-    "policy": Step(
-        "steps.policy:tune_policy",
-        {"policy": "policy", "dtype": "model.dtype"},
-        {"base": "base", "sft": "sft", "preferences": "data/preferences"},
-    ),
     "evaluate": Step(
         "steps.evaluate:evaluate_policy",
         {"evaluate": "evaluate", "dtype": "model.dtype"},
@@ -65,17 +60,47 @@ STEPS: dict[str, Step] = {
     "gate": Step("steps.gate:judge_evaluation", {"gate": "gate"}, {"evaluate": "evaluate"}),
 }
 
+_FROM_REWARD = {"base": "base", "sft": "sft", "reward": "reward", "preferences": "data/preferences"}
+
+# The policy step, by the recipe's method.
+POLICIES: dict[str, Step] = {
+    "dpo": Step(
+        "steps.dpo:tune_policy",
+        {"dpo": "policy.dpo", "dtype": "model.dtype"},
+        {"base": "base", "sft": "sft", "preferences": "data/preferences"},
+    ),
+    "ppo": Step(
+        "steps.ppo:tune_policy",
+        {"ppo": "policy.ppo", "dtype": "model.dtype"},
+        {**_FROM_REWARD, "demonstrations": "data/demonstrations"},
+    ),
+    "rloo": Step("steps.group_policy:tune_by_rloo", {"rloo": "policy.rloo", "dtype": "model.dtype"}, _FROM_REWARD),
+    "grpo": Step("steps.group_policy:tune_by_grpo", {"grpo": "policy.grpo", "dtype": "model.dtype"}, _FROM_REWARD),
+}
+
 TABLES = ("demonstrations", "preferences", "prompts", "gold")
 
 
-def tables_of(step: str) -> list[str]:
+def step_of(name: str, recipe: Recipe) -> Step:
+    """The row of a step; the policy's depends on the recipe's method."""
+    return POLICIES[recipe.policy.method] if name == "policy" else STEPS[name]
+
+
+def tables_of(name: str, recipe: Recipe) -> list[str]:
     """The data tables a step reads."""
-    return [given.removeprefix("data/") for given in STEPS[step].inputs.values() if given.startswith("data/")]
+    inputs = step_of(name, recipe).inputs.values()
+    return [given.removeprefix("data/") for given in inputs if given.startswith("data/")]
 
 
-def module_of(step: str) -> str:
+def module_of(name: str, recipe: Recipe) -> str:
     """The module that does a step's work."""
-    return STEPS[step].function.partition(":")[0]
+    return step_of(name, recipe).function.partition(":")[0]
+
+
+def before(name: str, recipe: Recipe) -> set[str]:
+    """The steps a step needs the results of, and those they need."""
+    direct = {given for given in step_of(name, recipe).inputs.values() if given in Recipe.STEPS}
+    return direct | {further for step in direct for further in before(step, recipe)}
 
 
 def spec(name: str, recipe: Recipe, known: Mapping[str, Input]) -> StepSpec:
@@ -87,7 +112,7 @@ def spec(name: str, recipe: Recipe, known: Mapping[str, Input]) -> StepSpec:
     Raises:
         KeyError: an input that is not known yet, by its name.
     """
-    step = STEPS[name]
+    step = step_of(name, recipe)
     wanted = {
         argument: given for argument, given in step.inputs.items() if given in known or given not in step.optional
     }

@@ -34,6 +34,12 @@ def headline(name: str, facts: Mapping[str, Any]) -> str:
             f"[{facts['accuracy_low']:.2f}, {facts['accuracy_high']:.2f}]"
         )
     if name == "policy":
+        if "reward" in facts:
+            kl = f", KL {facts['kl']:.1f} nats" if "kl" in facts else ""
+            return (
+                f"{facts['method']}: reward {facts['reward_at_start']:+.2f} → {facts['reward']:+.2f}{kl}, "
+                f"accuracy {facts['accuracy']:.3f}"
+            )
         return (
             f"{facts['method']}: accuracy {facts['accuracy']:.3f}, "
             f"rewards {facts['eval_rewards/chosen']:+.2f} / {facts['eval_rewards/rejected']:+.2f}"
@@ -79,7 +85,7 @@ def findings(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"Answers repeat themselves: distinct-2 fell from {measured['start_distinct_2']:.2f} to "
             f"{measured['policy_distinct_2']:.2f}."
         )
-    if policy.get("likelihood_displaced"):
+    if policy.get("likelihood_displaced") and policy["method"] == "dpo":
         said.append(
             f"Displaced likelihood: the chosen answers became less likely than under the reference "
             f"(rewards/chosen {policy['eval_rewards/chosen']:+.2f}), "

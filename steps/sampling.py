@@ -57,6 +57,47 @@ def uniforms_of(seed: int, first: int, rows: int, steps: int) -> torch.Tensor:
 
 
 @torch.no_grad()
+def draw_tokens(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    uniforms: torch.Tensor,
+    temperature: float,
+    ends: Sequence[int],
+    pad: int,
+) -> list[list[int]]:
+    """One completion of each prompt, drawn from the whole vocabulary; with its end token, unless it was cut off.
+
+    Args:
+        prompts: tokens.
+        uniforms: (rows, steps) in [0, 1); a completion has at most that many tokens.
+        ends: tokens that end a completion.
+    """
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    # The last position is cut out of a larger tensor; left uncontiguous, a CPU copies the head once per row.
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    try:
+        generated = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=uniforms.shape[1],
+            do_sample=False,
+            logits_processor=LogitsProcessorList([InverseCdf(uniforms.to(model.device), temperature, width)]),
+            eos_token_id=list(ends),
+            pad_token_id=pad,
+        )[:, width:]
+    finally:
+        hook.remove()
+    return [_ended(tokens, ends) for tokens in generated.tolist()]
+
+
+def _ended(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """Tokens as far as the first that ends."""
+    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: end + 1]
+
+
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -73,28 +114,15 @@ def sample(
     """
     model.eval()
     end = tokenizer.eos_token_id
-    # The last position is cut out of a larger tensor; left uncontiguous, a CPU copies the head once per row.
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     answers: list[str] = []
     lengths: list[int] = []
     for first in range(0, len(prompts), config.batch_size):
         tracker.progress(label, first, len(prompts))
-        batch = list(prompts[first : first + config.batch_size])
-        inputs = tokenizer(batch, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-        length = inputs["input_ids"].shape[1]
-        numbers = uniforms_of(seed, first, len(batch), config.max_new_tokens).to(model.device)
-        generated = model.generate(
-            **inputs,
-            max_new_tokens=config.max_new_tokens,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([InverseCdf(numbers, config.temperature, length)]),
-            eos_token_id=end,
-            pad_token_id=tokenizer.pad_token_id,
-        )[:, length:]
-        for tokens in generated.tolist():
-            count = tokens.index(end) if end in tokens else len(tokens)
-            answers.append(tokenizer.decode(tokens[:count], skip_special_tokens=True).strip())
-            lengths.append(count)
-    hook.remove()
+        asked = tokenizer(list(prompts[first : first + config.batch_size]))["input_ids"]
+        numbers = uniforms_of(seed, first, len(asked), config.max_new_tokens)
+        for tokens in draw_tokens(model, asked, numbers, config.temperature, [end], tokenizer.pad_token_id):
+            said = tokens[:-1] if tokens[-1] == end else tokens
+            answers.append(tokenizer.decode(said, skip_special_tokens=True).strip())
+            lengths.append(len(said))
     tracker.progress(label, len(prompts), len(prompts))
     return answers, np.array(lengths)

@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,6 +37,8 @@ class Tracker(Protocol):
 
     def progress(self, phase: str, done: int, total: int, values: Mapping[str, float] | None = None) -> None: ...
 
+    def table(self, name: str, step: int, columns: Mapping[str, list]) -> None: ...
+
 
 class NullTracker:
     """Says nothing to anybody."""
@@ -44,6 +47,9 @@ class NullTracker:
         pass
 
     def progress(self, phase: str, done: int, total: int, values: Mapping[str, float] | None = None) -> None:
+        pass
+
+    def table(self, name: str, step: int, columns: Mapping[str, list]) -> None:
         pass
 
 
@@ -106,6 +112,24 @@ class Spool:
             json.dumps({"phase": phase, "done": done, "total": total, "values": dict(values or {})}), encoding="utf-8"
         )
         temporary.rename(self.folder / "progress.json")
+
+    def table(self, name: str, step: int, columns: Mapping[str, list]) -> None:
+        """Add rows to the table `NAME.json`."""
+        path = self.folder / f"{name}.json"
+        draft = path.with_name(path.name + ".tmp")
+        draft.write_text(json.dumps(grown(path, step, columns), ensure_ascii=False), encoding="utf-8")
+        draft.rename(path)
+        append(self.folder, "artifact", path=path.name, table=True)
+
+
+def grown(path: Path, step: int, columns: Mapping[str, list]) -> dict[str, Any]:
+    """A table of the kind MLflow's pages show, with the rows of one more step; rows of it and later ones go."""
+    names = ["step", *columns]
+    before: list[list] = []
+    with suppress(OSError, ValueError, KeyError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        before = [row for row in known["data"] if known["columns"] == names and row[0] < step]
+    return {"columns": names, "data": [*before, *([step, *row] for row in zip(*columns.values(), strict=True))]}
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -219,6 +243,9 @@ class Forwarder:
             self._log_inputs(run_id, entry["datasets"])
         elif entry["op"] == "artifact":
             self._log_artifact(run_id, folder / entry["path"], entry.get("under"))
+            if entry.get("table"):  # as `mlflow.log_table` says it, so that MLflow's pages show it as one
+                shown = json.dumps([{"path": entry["path"], "type": "table"}])
+                self.client.set_tag(run_id, "mlflow.loggedArtifacts", shown)
         elif entry["op"] == "end":
             self.client.set_terminated(run_id, entry["status"], entry["time"])
 

@@ -11,6 +11,9 @@ CONFIGS = {
     "sft": ("trl/trainer/sft_config.py", "SFTConfig"),
     "reward": ("trl/trainer/reward_config.py", "RewardConfig"),
     "dpo": ("trl/trainer/dpo_config.py", "DPOConfig"),
+    "ppo": ("trl/trainer/grpo_config.py", "GRPOConfig"),
+    "rloo": ("trl/trainer/rloo_config.py", "RLOOConfig"),
+    "grpo": ("trl/trainer/grpo_config.py", "GRPOConfig"),
 }
 # Where the classes those inherit from are defined.
 PARENTS = {
@@ -35,6 +38,33 @@ OWNED = {
     "per_device_eval_batch_size": "chosen so that all held-out batches are full",
     "disable_tqdm": "progress is drawn by prefloop",
 }
+
+_ROLLOUTS = dict.fromkeys(("max_steps", "num_train_epochs"), "set the method's `rollouts`")
+_WHOLE = "answers are drawn from the whole distribution, else the likelihood ratio would be biased"
+_CRITIC = "a critic's value is the baseline, not a group of answers"
+# The same of single trainers.
+OWNED_OF: dict[str, dict[str, str]] = {
+    "rloo": _ROLLOUTS,
+    "grpo": _ROLLOUTS,
+    "ppo": {
+        **_ROLLOUTS,
+        **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty"), _WHOLE),
+        **dict.fromkeys(("num_generations", "scale_rewards", "loss_type", "importance_sampling_level"), _CRITIC),
+        "beta": "set `kl.coefficient`",
+        "epsilon_high": "the ratio is clipped alike on both sides, by `epsilon`",
+        "entropy_coef": "set `entropy_coefficient`",
+        "use_adaptive_entropy": "set `entropy_coefficient`",
+        "top_entropy_quantile": "every token is learnt from",
+        "mask_truncated_completions": "set `missing_eos_penalty`",
+        "reward_weights": "there is one reward model",
+        "sync_ref_model": "the reference stays the start policy",
+    },
+}
+
+
+def owned_of(kind: str) -> dict[str, str]:
+    """What a recipe may not set of a trainer's configuration, and what decides it."""
+    return {**OWNED, **OWNED_OF.get(kind, {})}
 
 
 def _source(relative: str) -> Path:

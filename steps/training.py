@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -127,17 +127,36 @@ def row_lengths(rows: Any) -> list[int]:
 
 
 class Reporter(TrainerCallback):
-    """Tells the tracker what the trainer logs, and stops the trainer at a checkpoint when the process is asked to."""
+    """Tells the tracker what the trainer logs, and stops the trainer at a checkpoint when the process is asked to.
 
-    def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
+    Args:
+        is_exact: whether a run resumed at a step repeats the straight one. A checkpoint that is due where it would not
+            is written at the next step where it does.
+    """
+
+    def __init__(self, tracker: Tracker, is_exact: Callable[[int], bool] = lambda step: True) -> None:
+        self.tracker, self.is_exact = tracker, is_exact
         self.shown: dict[str, float] = {}
         self.evaluated = 0
+        self.due = False
+        self.exact_at = self.saved_at = 0  # the last step a checkpoint could be written at, and the last one's
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.exact_at = self.saved_at = state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
         self.tracker.progress("training", state.global_step, state.max_steps, self.shown)
-        if stop_requested():
-            control.should_save = control.should_training_stop = True
+        stop = stop_requested()
+        self.due |= control.should_save or stop
+        if self.is_exact(state.global_step):
+            self.exact_at = state.global_step
+            control.should_save = self.due
+            if self.due:
+                self.due, self.saved_at = False, state.global_step
+        else:
+            control.should_save = False
+        if stop and self.saved_at == self.exact_at:  # what came since can only be done again
+            control.should_training_stop = True
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         self.evaluated += 1
@@ -161,25 +180,28 @@ def named(logs: Mapping[str, Any]) -> dict[str, float]:
     return values
 
 
-def newest_whole_checkpoint(folder: Path) -> str | None:
+def newest_whole_checkpoint(folder: Path, files: Sequence[str] = CHECKPOINT_FILES) -> str | None:
     """The newest checkpoint that can be resumed; broken ones are removed, so that none is taken for whole."""
     while folder.is_dir() and (newest := get_last_checkpoint(str(folder))):
-        if is_whole(Path(newest)):
+        if is_whole(Path(newest), files):
             return newest
         shutil.rmtree(newest)
     return None
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_whole(checkpoint: Path, files: Sequence[str] = CHECKPOINT_FILES) -> bool:
     """Whether a checkpoint has everything a resumed run needs, readable."""
     from safetensors import safe_open
 
-    if any(not (checkpoint / name).is_file() for name in CHECKPOINT_FILES):
+    if any(not (checkpoint / name).is_file() for name in files):
         return False
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        with safe_open(checkpoint / "adapter_model.safetensors", "pt") as weights:
-            weights.keys()
+        for name in files:
+            if name.endswith(".json"):
+                json.loads((checkpoint / name).read_text(encoding="utf-8"))
+            elif name.endswith(".safetensors"):
+                with safe_open(checkpoint / name, "pt") as weights:
+                    weights.keys()
         for name in ("optimizer.pt", "scheduler.pt"):
             torch.load(checkpoint / name, map_location="cpu", weights_only=True)
         if not zipfile.is_zipfile(checkpoint / "rng_state.pth"):
@@ -192,18 +214,22 @@ def is_whole(checkpoint: Path) -> bool:
 def run_trainer(trainer: Trainer, tracker: Tracker) -> None:
     """Train to the end, from the newest whole checkpoint if there is one.
 
+    A trainer may say by `is_exact(step)` where its checkpoints are exact, and by `checkpoint_files` what they hold.
+
     Raises:
         Interrupted: the process was asked to stop; a checkpoint was written first.
         StepFailed: the loss is not a number any more.
     """
-    trainer.add_callback(Reporter(tracker))
-    checkpoint = newest_whole_checkpoint(Path(trainer.args.output_dir))
+    reporter = Reporter(tracker, getattr(trainer, "is_exact", lambda step: True))
+    trainer.add_callback(reporter)
+    files = getattr(trainer, "checkpoint_files", CHECKPOINT_FILES)
+    checkpoint = newest_whole_checkpoint(Path(trainer.args.output_dir), files)
     trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.state
     if stop_requested() and state.global_step < state.max_steps:
         raise Interrupted(
             "stopped on request",
-            have=f"a checkpoint at step {state.global_step} of {state.max_steps}",
+            have=f"a checkpoint at step {reporter.saved_at} of {state.max_steps}",
             then="run again: it goes on from there",
         )
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]

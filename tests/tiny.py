@@ -133,8 +133,27 @@ reward:
   held_out: 32
   trainer: {learning_rate: 1e-2, per_device_train_batch_size: 8, max_steps: 8, logging_steps: 2, save_steps: 3}
 policy:
-  held_out: 32
-  trainer: {learning_rate: 1e-2, per_device_train_batch_size: 8, max_steps: 8, logging_steps: 2, save_steps: 3}
+  dpo:
+    held_out: 32
+    trainer: {learning_rate: 1e-2, per_device_train_batch_size: 8, max_steps: 8, logging_steps: 2, save_steps: 3}
+  ppo:
+    rollouts: 4
+    held_out: 32
+    measure_every: 2
+    samples_every: 2
+    normalise_reward: 32
+    trainer: {learning_rate: 1e-2, per_device_train_batch_size: 8, steps_per_generation: 2, num_iterations: 2,
+      max_completion_length: 8}
+  rloo:
+    rollouts: 3
+    held_out: 32
+    measure_every: 2
+    trainer: {learning_rate: 1e-2, per_device_train_batch_size: 8, num_generations: 4, max_completion_length: 8}
+  grpo:
+    rollouts: 3
+    held_out: 32
+    measure_every: 2
+    trainer: {learning_rate: 1e-2, per_device_train_batch_size: 8, num_generations: 4, max_completion_length: 8}
 evaluate: {prompts: 16, max_new_tokens: 8}
 gate: {win_rate_floor: 0.0, judge_accuracy_floor: 0.0}
 launch: {launcher: here, min_free_gib: 0}

@@ -106,7 +106,8 @@ def test_killed_at_a_random_moment(finished: Path, tmp_path: Path, seed: int) ->
 
 def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(finished: Path, tmp_path: Path) -> None:
     root = copy_without(finished, tmp_path / "project", "policy")
-    running = start(root, "policy", "--set", "policy.trainer.max_steps=2000", "--set", "policy.trainer.save_steps=2000")
+    long = (part for key in ("max_steps", "save_steps") for part in ("--set", f"policy.dpo.trainer.{key}=2000"))
+    running = start(root, "policy", *long)
     wait_for(lambda: training_step(root, "policy") >= 1)
     running.send_signal(signal.SIGINT)
     output, _ = running.communicate(timeout=60)

@@ -130,7 +130,7 @@ def test_nothing_changed_then_one_parameter_then_one_byte(first: tuple[Path, str
     same = prefloop(root, *again)
     assert set(steps_in(same.stdout).values()) == {"checked", "reused"}, same.stdout + same.stderr
 
-    planned = prefloop(root, "run", "recipes/tiny.yaml", "--set", "policy.trainer.beta=0.3", "--dry-run").stdout
+    planned = prefloop(root, "run", "recipes/tiny.yaml", "--set", "policy.dpo.trainer.beta=0.3", "--dry-run").stdout
     verdicts = dict(re.findall(r"^(\w+)\s+(reuse|run|wait)\b", planned, flags=re.MULTILINE))
     assert verdicts == {
         **dict.fromkeys(("base", "sft", "reward"), "reuse"),
@@ -140,7 +140,7 @@ def test_nothing_changed_then_one_parameter_then_one_byte(first: tuple[Path, str
 
     source = root / "data/tiny/source/pairs.jsonl"
     source.write_bytes(source.read_bytes().replace(b"grim", b"grum"))
-    here = prefloop(root, "run", "recipes/tiny.yaml", "--set", "policy.trainer.beta=0.3")
+    here = prefloop(root, "run", "recipes/tiny.yaml", "--set", "policy.dpo.trainer.beta=0.3")
     told = steps_in(here.stdout)
     assert told["base"] == "reused", here.stdout + here.stderr
     assert {told[name] for name in ("sft", "reward", "policy", "evaluate", "gate")} == {"done"}

@@ -12,10 +12,10 @@ import pytest
 
 from steps import code
 from steps.code import LIBRARIES, PLUMBING, code_digest, library_versions, modules_behind
-from steps.pipeline import STEPS
+from steps.pipeline import POLICIES, STEPS
 
 REPOSITORY = Path(__file__).parents[2]
-MODULES = sorted({step.function.partition(":")[0] for step in STEPS.values()})
+MODULES = sorted({step.function.partition(":")[0] for step in [*STEPS.values(), *POLICIES.values()]})
 
 WORK = '''\
 """What it does."""
@@ -146,7 +146,10 @@ def test_no_step_counts_plumbing(module: str) -> None:
 
 def test_the_helpers_of_the_real_steps_count() -> None:
     assert {"steps.frozen_layers", "steps.lm_head", "steps.models", "steps.pairs", "steps.training"} <= set(
-        modules_behind("steps.policy")
+        modules_behind("steps.dpo")
+    )
+    assert {"steps.advantages", "steps.backbone", "steps.losses", "steps.ppo_trainer", "steps.rollouts"} <= set(
+        modules_behind("steps.ppo")
     )
     assert {"steps.judges", "steps.sampling", "steps.statistics"} <= set(modules_behind("steps.evaluate"))
 
@@ -166,8 +169,9 @@ def test_digests_are_computed_without_importing_anything_heavy() -> None:
     script = (
         "import sys\n"
         "from steps.code import code_digest, library_versions\n"
-        "from steps.pipeline import STEPS\n"
-        "made = {code_digest(step.function.partition(':')[0]) for step in STEPS.values()}\n"
+        "from steps.pipeline import POLICIES, STEPS\n"
+        "steps = [*STEPS.values(), *POLICIES.values()]\n"
+        "made = {code_digest(step.function.partition(':')[0]) for step in steps}\n"
         "library_versions()\n"
         "heavy = {'torch', 'transformers', 'trl', 'peft', 'mlflow', 'sklearn', 'pandas', 'great_expectations'}\n"
         "print(len(made), sorted(heavy & set(sys.modules)))"

@@ -47,13 +47,13 @@ def test_a_recipe_needs_a_name_and_a_base_only() -> None:
 
 def test_a_recipe_is_frozen() -> None:
     made = recipe(MINIMAL)
-    for target, field in ((made, "seed"), (made.policy, "pairs"), (made.model.lora, "r")):
+    for target, field in ((made, "seed"), (made.policy.dpo, "pairs"), (made.model.lora, "r")):
         with pytest.raises(ValidationError):
             setattr(target, field, 7)
 
 
 def test_a_recipe_survives_being_written_down() -> None:
-    made = recipe(MINIMAL + "policy: {trainer: {learning_rate: 5e-7, loss_type: [sigmoid, sft]}}")
+    made = recipe(MINIMAL + "policy: {dpo: {trainer: {learning_rate: 5e-7, loss_type: [sigmoid, sft]}}}")
     assert recipe(yaml.safe_dump(made.model_dump(mode="json"))) == made
 
 
@@ -61,15 +61,15 @@ def test_every_section_name_is_rebuilt_from_plain_values() -> None:
     for name, kind in SECTIONS.items():
         assert section(name, {}) == kind()
     assert section("dtype", "float32") == "float32"
-    assert section("policy", {"min_margin": 2}) == DPO(min_margin=2)
+    assert section("dpo", {"min_margin": 2}) == DPO(min_margin=2)
 
 
 # -- several ways to be wrong ------------------------------------------------------------------------------------
 
 
 def test_an_unknown_key_gets_its_dotted_path_and_a_suggestion() -> None:
-    text = refusal(MINIMAL + "policy: {min_margn: 1}")
-    assert "policy.min_margn: no such key, did you mean 'min_margin'?" in text
+    text = refusal(MINIMAL + "policy: {dpo: {min_margn: 1}}")
+    assert "policy.dpo.min_margn: no such key, did you mean 'min_margin'?" in text
     assert "where r.yaml" in text
     assert "prefloop check r.yaml" in text
 
@@ -104,11 +104,11 @@ def test_a_misspelt_trainer_field_gets_a_suggestion() -> None:
 
 def test_a_field_of_another_trainer_is_refused() -> None:
     assert "beta: not a field" in refusal(MINIMAL + "reward: {trainer: {beta: 0.1}}")
-    assert recipe(MINIMAL + "policy: {trainer: {beta: 0.1}}").policy.trainer == {"beta": 0.1}
+    assert recipe(MINIMAL + "policy: {dpo: {trainer: {beta: 0.1}}}").policy.dpo.trainer == {"beta": 0.1}
 
 
 def test_a_trainer_field_that_prefloop_decides_is_refused_with_the_reason() -> None:
-    text = refusal(MINIMAL + "policy: {trainer: {output_dir: /tmp/x, seed: 3, bta: 1}}")
+    text = refusal(MINIMAL + "policy: {dpo: {trainer: {output_dir: /tmp/x, seed: 3, bta: 1}}}")
     assert "output_dir: decided by prefloop (a step writes into its own artifact)" in text
     assert "seed: decided by prefloop (set the recipe's `seed`)" in text
     assert "did you mean 'beta'?" in text
@@ -116,7 +116,7 @@ def test_a_trainer_field_that_prefloop_decides_is_refused_with_the_reason() -> N
 
 @pytest.mark.parametrize("setting", ["use_cpu: false", "per_device_eval_batch_size: 3"])
 def test_a_trainer_field_that_a_step_overrules_is_refused_too(setting: str) -> None:
-    assert "decided by prefloop" in refusal(MINIMAL + f"policy: {{trainer: {{{setting}}}}}")
+    assert "decided by prefloop" in refusal(MINIMAL + f"policy: {{dpo: {{trainer: {{{setting}}}}}}}")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_trainer_field_that_a_step_overrules_is_refused_too(setting: str) -> N
         ("evaluate: {temperature: .nan}", "evaluate.temperature"),
         ("evaluate: {confidence: 1}", "evaluate.confidence"),
         ("gate: {win_rate_floor: 1.01}", "gate.win_rate_floor"),
-        ("policy: {method: ppo}", "policy.method"),
+        ("policy: {method: pppo}", "policy.method"),
         ("launch: {launcher: cloud}", "launch.launcher"),
         ("sft: 3", "sft"),
     ],
@@ -242,15 +242,15 @@ def test_set_changes_adds_and_reads_values_as_yaml(tmp_path: Path) -> None:
         [
             "seed=2",
             "model.lora.r=4",
-            "policy.trainer.beta=5e-1",
-            "policy.trainer.loss_type=[sigmoid, sft]",
+            "policy.dpo.trainer.beta=5e-1",
+            "policy.dpo.trainer.loss_type=[sigmoid, sft]",
             "sft.rows=null",
             "data.name=a=b",
         ],
     )
     assert made.seed == 2
     assert made.model.lora.r == 4
-    assert made.policy.trainer == {"beta": 0.5, "loss_type": ["sigmoid", "sft"]}
+    assert made.policy.dpo.trainer == {"beta": 0.5, "loss_type": ["sigmoid", "sft"]}
     assert made.sft.rows is None
     assert made.data.name == "a=b"
 
@@ -273,10 +273,10 @@ def test_set_below_a_plain_value_is_refused(tmp_path: Path) -> None:
 
 
 def test_set_of_an_unknown_key_gets_a_suggestion(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"policy\.trainer: bta: .*did you mean 'beta'"):
-        load(written(tmp_path, MINIMAL), ["policy.trainer.bta=1"])
+    with pytest.raises(RecipeError, match=r"policy\.dpo\.trainer: bta: .*did you mean 'beta'"):
+        load(written(tmp_path, MINIMAL), ["policy.dpo.trainer.bta=1"])
 
 
 def test_set_of_broken_yaml_names_the_assignment(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"--set policy\.pairs"):
-        load(written(tmp_path, MINIMAL), ["policy.pairs=[1"])
+    with pytest.raises(RecipeError, match=r"--set policy\.dpo\.pairs"):
+        load(written(tmp_path, MINIMAL), ["policy.dpo.pairs=[1"])

@@ -155,7 +155,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def whole_journal(folder: Path) -> Path:
     """Everything a step says, with two files to send."""
     start(folder)
-    append(folder, "params", values={"seed": 3, "policy.trainer.beta": 0.1})
+    append(folder, "params", values={"seed": 3, "policy.dpo.trainer.beta": 0.1})
     append(folder, "tags", values={"promoted": True})
     data = {"name": "tiny/gold", "md5": "d" * 32, "path": "data/tiny/gold.parquet", "revision": "abc", "rows": 7}
     append(folder, "inputs", datasets=[{**data, "context": "gold"}])
@@ -183,7 +183,7 @@ def assert_arrived(client: MlflowClient, run_id: str, name: str) -> None:
     assert run.info.run_name == name
     assert run.info.status == "FINISHED"
     assert run.info.start_time <= run.info.end_time
-    assert run.data.params == {"seed": "3", "policy.trainer.beta": "0.1"}
+    assert run.data.params == {"seed": "3", "policy.dpo.trainer.beta": "0.1"}
     assert run.data.tags["t"] == "1"
     assert run.data.tags["promoted"] == "True"
     history = client.get_metric_history(run_id, "loss")

@@ -24,4 +24,4 @@ def test_every_owned_field_is_a_field_of_some_trainer(name: str) -> None:
 
 def test_an_unknown_kind_is_an_error() -> None:
     with pytest.raises(KeyError):
-        fields_of("ppo")
+        fields_of("none of them")

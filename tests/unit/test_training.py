@@ -174,7 +174,7 @@ class Heard:
 def test_the_reporter_passes_on_metrics_and_shows_the_last_ones() -> None:
     heard = Heard()
     reporter = Reporter(heard)
-    state, control = SimpleNamespace(global_step=4, max_steps=9), SimpleNamespace()
+    state, control = SimpleNamespace(global_step=4, max_steps=9), SimpleNamespace(should_save=False)
     reporter.on_log(None, state, control, {"loss": 2.0, "eval_loss": 3.0, "epoch": 0.1})
     reporter.on_log(None, state, control, {"train_runtime": 1.0})
     reporter.on_step_end(None, state, control)
@@ -193,6 +193,37 @@ def test_the_reporter_saves_and_stops_when_it_is_asked_to(monkeypatch: pytest.Mo
     Reporter(Heard()).on_step_end(None, state, control)
     assert control.should_save
     assert control.should_training_stop
+
+
+def steps_of(reporter: Reporter, first: int, last: int, due: tuple[int, ...] = ()) -> list[tuple[int, bool, bool]]:
+    """(step, saved, stopped) of the steps a reporter does something at."""
+    reporter.on_train_begin(None, SimpleNamespace(global_step=first), None)
+    done = []
+    for step in range(first + 1, last + 1):
+        control = SimpleNamespace(should_save=step in due, should_training_stop=False)
+        reporter.on_step_end(None, SimpleNamespace(global_step=step, max_steps=99), control)
+        if control.should_save or control.should_training_stop:
+            done.append((step, control.should_save, control.should_training_stop))
+    return done
+
+
+def test_a_checkpoint_waits_for_a_step_it_is_exact_at() -> None:
+    reporter = Reporter(Heard(), lambda step: step % 4 == 0)
+    assert steps_of(reporter, 0, 13, due=(3, 8, 9, 10)) == [(4, True, False), (8, True, False), (12, True, False)]
+
+
+def test_a_stop_waits_for_a_checkpoint_unless_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "stop_requested", lambda: True)
+    every = lambda step: step % 4 == 0  # noqa: E731
+    assert steps_of(Reporter(Heard(), every), 4, 5) == [(5, False, True)]  # resumed at 4: the checkpoint is there
+    monkeypatch.setattr(training, "stop_requested", lambda: False)
+    reporter = Reporter(Heard(), every)
+    assert steps_of(reporter, 0, 6) == []
+    monkeypatch.setattr(training, "stop_requested", lambda: True)
+    control = SimpleNamespace(should_save=False, should_training_stop=False)
+    for step in (7, 8):  # the last exact step, 4, was not saved
+        reporter.on_step_end(None, SimpleNamespace(global_step=step, max_steps=99), control)
+        assert (control.should_save, control.should_training_stop) == ((step == 8), (step == 8))
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Policy tuning: from the SFT start to a model whose answers people prefer."""
+"""Direct preference optimisation: from the SFT start to a model whose answers people prefer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LengthGroupedDPOTrainer(LengthGrouped, DPOTrainer):
 
 
 def tune_policy(
-    policy: DPO, dtype: str, *, base: Path, sft: Path, preferences: Path, seed: int, out: Path, tracker: Tracker
+    dpo: DPO, dtype: str, *, base: Path, sft: Path, preferences: Path, seed: int, out: Path, tracker: Tracker
 ) -> Facts:
     """Direct preference optimisation (arXiv:2305.18290, eq. 7) of the SFT adapter, against a frozen copy of it.
 
@@ -47,11 +47,11 @@ def tune_policy(
         sft: the SFT step's artifact; policy and reference both start there.
         preferences: table of prompt, chosen, rejected, margin, part.
     """
-    train, held_out, batch = training_and_held_out(preferences, policy)
+    train, held_out, batch = training_and_held_out(preferences, dpo)
     set_seed(seed)
     model = load_policy(base, dtype, sft / ADAPTER, trainable=True)
     remember_frozen_layers(model, frozen_depth(model.peft_config["default"], model.config.num_hidden_layers))
-    settings = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": batch, **policy.trainer}
+    settings = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": batch, **dpo.trainer}
     with labelled_lm_head(dpo_trainer):
         trainer = LengthGroupedDPOTrainer(
             model,
@@ -66,7 +66,7 @@ def tune_policy(
     measured = held_out_metrics(trainer, tracker)
     save_adapter(trainer.model, base, out)
     return {
-        "method": policy.method,
+        "method": "dpo",
         "pairs": len(train),
         "held_out": len(held_out),
         "steps": trainer.state.global_step,

@@ -1,0 +1,107 @@
+"""RLOO and GRPO: several answers to a prompt are each other's baseline, so no critic is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.trainer import grpo_trainer, rloo_trainer
+
+from steps.artifact import Facts
+from steps.backbone import Scorer, active, add_adapter, linear_head, token_log_probs
+from steps.config import GRPO, RLOO
+from steps.implicit_rewards import HeldOut
+from steps.lm_head import labelled_lm_head
+from steps.models import ADAPTER, load_policy, load_tokenizer, save_adapter, score_head
+from steps.pairs import held_out_pairs
+from steps.ppo import REWARD
+from steps.ppo_trainer import REFERENCE
+from steps.rollouts import (
+    AnswerReward,
+    Notes,
+    OnPolicyTrainer,
+    prompt_rows,
+    prompts_of,
+    rollout_arguments,
+    rollout_facts,
+)
+from steps.tracking import Tracker
+from steps.training import run_trainer
+
+BETA = 0.05  # KL coefficient where the recipe names none; TRL's GRPO has no penalty unless asked for one
+
+
+class LeaveOneOutTrainer(OnPolicyTrainer, RLOOTrainer):
+    """TRL's RLOOTrainer with answers that repeat and checkpoints that are exact."""
+
+
+class GroupRelativeTrainer(OnPolicyTrainer, GRPOTrainer):
+    """TRL's GRPOTrainer with answers that repeat and checkpoints that are exact."""
+
+
+def tune_by_rloo(rloo: RLOO, dtype: str, **step: Any) -> Facts:
+    """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740) from the SFT adapter; see `tune_policy`."""
+    return tune_policy("rloo", rloo, dtype, **step)
+
+
+def tune_by_grpo(grpo: GRPO, dtype: str, **step: Any) -> Facts:
+    """Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300) from the SFT adapter."""
+    return tune_policy("grpo", grpo, dtype, **step)
+
+
+KINDS = {
+    "rloo": (LeaveOneOutTrainer, RLOOConfig, rloo_trainer),
+    "grpo": (GroupRelativeTrainer, GRPOConfig, grpo_trainer),
+}
+
+
+def tune_policy(
+    method: str,
+    config: RLOO | GRPO,
+    dtype: str,
+    *,
+    base: Path,
+    sft: Path,
+    reward: Path,
+    preferences: Path,
+    seed: int,
+    out: Path,
+    tracker: Tracker,
+) -> Facts:
+    """Let TRL's trainer raise what our reward model gives the policy's answers.
+
+    Args:
+        sft: the SFT step's artifact; policy and reference both start there.
+        reward: the reward step's artifact.
+        preferences: prompts of its part `train` are answered; its held-out pairs measure the implicit reward.
+    """
+    set_seed(seed)
+    kind, arguments_of, module = KINDS[method]
+    tokenizer, model = load_tokenizer(base), load_policy(base, dtype, sft / ADAPTER, trainable=True)
+    add_adapter(model, REFERENCE, "default")
+    add_adapter(model, REWARD, reward / ADAPTER)
+    args = rollout_arguments(arguments_of, config, {"beta": BETA}, seed=seed, out=out)
+    prompts = prompts_of(preferences, at_least=args.generation_batch_size // args.num_generations)
+    scorer = Scorer(model, REWARD, linear_head(score_head(reward / ADAPTER)))
+    with labelled_lm_head(module, entropy_gradient=getattr(args, "entropy_coef", 0) > 0):
+        trainer = kind(
+            model,
+            AnswerReward(scorer, tokenizer, args.per_device_train_batch_size),
+            args=args,
+            train_dataset=prompt_rows(prompts),
+            processing_class=tokenizer,
+        )
+
+    def reference(rows):
+        with active(model, REFERENCE):
+            return token_log_probs(model, rows)[0]
+
+    held_out = HeldOut(held_out_pairs(preferences, config.held_out), tokenizer, reference)
+    trainer.on_rollout = Notes(config, held_out, args.beta or 1.0, tracker)
+    run_trainer(trainer, tracker)
+    measured = held_out.measure(model, args.beta or 1.0)
+    tracker.metrics(measured, trainer.state.global_step)
+    save_adapter(model, base, out)
+    return rollout_facts(method, trainer, measured)

@@ -1,0 +1,64 @@
+"""Implicit rewards of held-out pairs, so that methods with and without a reward model stand in one chart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from steps.backbone import Rows, token_log_probs
+from steps.statistics import pair_accuracy
+
+LogProbs = Callable[[Rows], Tensor]
+
+
+class HeldOut:
+    """Held-out pairs and how likely the start policy finds them, which is looked up once.
+
+    Args:
+        pairs: prompt, chosen, rejected.
+        reference: (B, T) log-probabilities of completions under the start policy.
+        batch: rows scored at once.
+    """
+
+    def __init__(
+        self, pairs: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, reference: LogProbs, batch: int = 32
+    ) -> None:
+        self.tokenizer, self.batch = tokenizer, batch
+        self.sides = {side: self._rows(pairs["prompt"], pairs[side]) for side in ("chosen", "rejected")}
+        self.reference = {side: self._likelihoods(rows, reference) for side, rows in self.sides.items()}
+
+    def _rows(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Rows]:
+        asked = self.tokenizer(list(prompts))["input_ids"]
+        whole = self.tokenizer([p + a for p, a in zip(prompts, answers, strict=True)])["input_ids"]
+        end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        said = [[*ids[len(prompt) :], end] for prompt, ids in zip(asked, whole, strict=True)]
+        firsts = range(0, len(asked), self.batch)
+        return [Rows.of(asked[i : i + self.batch], said[i : i + self.batch], pad) for i in firsts]
+
+    @staticmethod
+    @torch.no_grad()
+    def _likelihoods(batches: Sequence[Rows], log_probs: LogProbs) -> Tensor:
+        """(pairs,) log-probabilities of whole answers."""
+        return torch.cat([(log_probs(rows) * rows.completion_mask).sum(1).double().cpu() for rows in batches])
+
+    def measure(self, policy: PreTrainedModel, beta: float) -> dict[str, float]:
+        """`eval_rewards/…`: β log(π/ρ) of chosen and rejected answers (DPO, arXiv:2305.18290, eq. 5), and accuracy."""
+
+        def log_probs(rows: Rows) -> Tensor:
+            return token_log_probs(policy, rows.to(policy.device))[0]
+
+        rewards = {
+            side: beta * (self._likelihoods(batches, log_probs) - self.reference[side])
+            for side, batches in self.sides.items()
+        }
+        chosen, rejected = rewards["chosen"].numpy(), rewards["rejected"].numpy()
+        return {
+            "eval_rewards/chosen": float(chosen.mean()),
+            "eval_rewards/rejected": float(rejected.mean()),
+            "eval_rewards/margins": float((chosen - rejected).mean()),
+            "eval_rewards/accuracies": pair_accuracy(chosen, rejected),
+        }

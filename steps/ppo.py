@@ -1,0 +1,177 @@
+"""Proximal policy optimisation: from the SFT start to a model whose answers the reward model scores high."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl.trainer import grpo_trainer
+
+from steps.artifact import Facts
+from steps.backbone import Scorer, add_adapter, linear_head
+from steps.config import PPO
+from steps.frozen_layers import FrozenLayers, remember_frozen_layers
+from steps.implicit_rewards import HeldOut
+from steps.lm_head import add_labelled_lm_head, labelled_lm_head
+from steps.models import ADAPTER, frozen_depth, load_policy, load_reward_model, load_tokenizer, save_adapter, score_head
+from steps.pairs import held_out_pairs
+from steps.ppo_trainer import REFERENCE, Moments, PPOConfig, PPOTrainer
+from steps.rollouts import AnswerReward, Notes, prompt_rows, prompts_of, rollout_arguments, rollout_facts
+from steps.sampling import draw_tokens, uniforms_of
+from steps.tracking import Tracker
+from steps.training import run_trainer
+
+REWARD, CRITIC = "reward", "critic"  # the adapters' names
+
+
+@dataclass(frozen=True)
+class Models:
+    """The four models of PPO.
+
+    Attributes:
+        reference: None where it is an adapter of the policy's base.
+        all: every model there is, each once.
+    """
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel | None
+    reward: Scorer
+    critic: Scorer
+    all: tuple[PreTrainedModel, ...]
+
+
+def tune_policy(
+    ppo: PPO,
+    dtype: str,
+    *,
+    base: Path,
+    sft: Path,
+    reward: Path,
+    preferences: Path,
+    demonstrations: Path,
+    seed: int,
+    out: Path,
+    tracker: Tracker,
+) -> Facts:
+    """Maximise E[r(x, y)] − β KL(π‖ρ) (InstructGPT, arXiv:2203.02155, eq. 2) by PPO, from the SFT adapter.
+
+    Args:
+        sft: the SFT step's artifact; policy and reference both start there.
+        reward: the reward step's artifact.
+        preferences: prompts of its part `train` are answered; its held-out pairs measure the implicit reward.
+        demonstrations: table of prompt, completion, for the pre-training mix.
+    """
+    set_seed(seed)
+    tokenizer, models = load_tokenizer(base), load_models(ppo, dtype, base, sft, reward)
+    args = rollout_arguments(PPOConfig, ppo, {}, seed=seed, out=out, disable_dropout=True)
+    place_models(models, args)
+    prompts = prompts_of(preferences, at_least=max(args.generation_batch_size, ppo.normalise_reward))
+    answer_reward = AnswerReward(models.reward, tokenizer, args.per_device_train_batch_size)
+    moments = start_moments(ppo, args, models.policy, answer_reward, tokenizer, prompts, tracker)
+    begin_critic(models.critic, ppo, moments)
+    with labelled_lm_head(grpo_trainer, entropy_gradient=ppo.entropy_coefficient > 0):
+        trainer = PPOTrainer(
+            models.policy,
+            answer_reward,
+            critic=models.critic,
+            ppo=ppo,
+            moments=moments,
+            reference=models.reference,
+            demonstrations=tokenised(demonstrations, tokenizer) if ppo.ptx_coefficient else None,
+            memories=remembered(models),
+            args=args,
+            train_dataset=prompt_rows(prompts),
+            processing_class=tokenizer,
+        )
+    held_out = HeldOut(held_out_pairs(preferences, ppo.held_out), tokenizer, trainer.reference_log_probs)
+    trainer.on_rollout = Notes(ppo, held_out, ppo.kl.coefficient, tracker)
+    run_trainer(trainer, tracker)
+    measured = held_out.measure(trainer.policy, ppo.kl.coefficient)
+    tracker.metrics(measured, trainer.state.global_step)
+    save_adapter(trainer.policy, base, out)
+    scale = {"reward_mean": moments.mean, "reward_deviation": moments.deviation}
+    return {**rollout_facts("ppo", trainer, measured), **scale}
+
+
+def load_models(ppo: PPO, dtype: str, base: Path, sft: Path, reward: Path) -> Models:
+    """Policy, reference, reward model and critic: adapters over one base, or models of their own."""
+    policy, head = load_policy(base, dtype, sft / ADAPTER, trainable=True), score_head(reward / ADAPTER)
+    if ppo.backbone == "shared":
+        add_adapter(policy, REFERENCE, "default")
+        for name in (REWARD, CRITIC):
+            add_adapter(policy, name, reward / ADAPTER)
+        scorers = [Scorer(policy, name, linear_head(head)) for name in (REWARD, CRITIC)]
+        return Models(policy, None, *scorers, all=(policy,))
+    reference = load_policy(base, dtype, sft / ADAPTER)
+    apart = [load_reward_model(base, dtype, reward / ADAPTER) for _ in (REWARD, CRITIC)]
+    scorers = [Scorer(model, "default", linear_head(head)) for model in apart]
+    return Models(policy, reference, *scorers, all=(policy, reference, *apart))
+
+
+def place_models(models: Models, args: PPOConfig) -> None:
+    """Put every model where it is used, and give a reference of its own the head the policy gets from its trainer."""
+    for model in models.all:
+        if not getattr(model, "is_quantized", False):
+            model.to(args.device)
+    for scorer in (models.reward, models.critic):
+        scorer.head.to(args.device)
+    if models.reference is not None:
+        add_labelled_lm_head(models.reference.get_base_model(), args.temperature, outputs=("log_probs", "entropy"))
+
+
+def start_moments(
+    ppo: PPO,
+    args: PPOConfig,
+    policy: PreTrainedModel,
+    reward: AnswerReward,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    tracker: Tracker,
+    batch: int = 64,
+) -> Moments:
+    """Mean and deviation of the reward over the start policy's answers (Ziegler et al. 2019, §2.2)."""
+    if not ppo.normalise_reward:
+        return Moments()
+    policy.eval()
+    scores: list[float] = []
+    for first in range(0, ppo.normalise_reward, batch):
+        tracker.progress("start answers", first, ppo.normalise_reward)
+        asked = list(prompts[first : min(first + batch, ppo.normalise_reward)])
+        numbers = uniforms_of(args.seed + 1, first, len(asked), args.max_completion_length)  # not those of rollout 0
+        ids, end = tokenizer(asked)["input_ids"], tokenizer.eos_token_id
+        answers = draw_tokens(policy, ids, numbers, args.temperature, [end], tokenizer.pad_token_id)
+        scores += reward(asked, None, answers)
+    drawn = torch.tensor(scores, dtype=torch.float64)
+    return Moments(float(drawn.mean()), max(float(drawn.std(correction=0)), 1e-6))
+
+
+def begin_critic(critic: Scorer, ppo: PPO, moments: Moments) -> None:
+    """Let the critic begin as the reward model, on the normalised scale, or knowing nothing."""
+    with torch.no_grad():
+        if ppo.critic_start == "reward":
+            critic.head.weight.div_(moments.deviation)
+            critic.head.bias.fill_(-moments.mean / moments.deviation)
+        else:
+            for parameter in critic.head.parameters():
+                parameter.zero_()
+
+
+def remembered(models: Models) -> list[FrozenLayers]:
+    """A memory of the frozen layers of each model that has some."""
+    found = []
+    for model in models.all:
+        depths = [frozen_depth(config, model.config.num_hidden_layers) for config in model.peft_config.values()]
+        found.append(remember_frozen_layers(model, min(depths)))
+    return [memory for memory in found if memory is not None]
+
+
+def tokenised(demonstrations: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and completions as tokens, the latter with their end."""
+    rows = pd.read_parquet(demonstrations, columns=["prompt", "completion"])
+    prompts = tokenizer(list(rows["prompt"]))["input_ids"]
+    whole = tokenizer(list(rows["prompt"] + rows["completion"]))["input_ids"]
+    return prompts, [[*ids[len(p) :], tokenizer.eos_token_id] for p, ids in zip(prompts, whole, strict=True)]

@@ -1,0 +1,197 @@
+"""What methods share that learn from the policy's own answers: drawing them, scoring them, exact checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from peft import PeftModel, load_peft_weights
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer import TRAINING_ARGS_NAME
+from trl import GRPOConfig
+
+from steps.artifact import Facts
+from steps.backbone import Rows, Scorer, load_adapter
+from steps.config import GRPO, PPO, RLOO, OnPolicy
+from steps.errors import DataError, StepFailed
+from steps.implicit_rewards import HeldOut
+from steps.sampling import draw_tokens, uniforms_of
+from steps.tracking import Tracker
+from steps.training import arguments
+
+SAMPLES = "samples"
+LAST = ("reward", "kl", "entropy", "explained_variance", "completion_length", "ended")
+
+
+class AnswerReward:
+    """A reward model as TRL's trainers ask for it: one number for each answer.
+
+    An answer that was cut off is scored as if it ended there: the reward model has only seen answers that end.
+
+    Attributes:
+        latest: (B,) the scores of this process's last answers.
+    """
+
+    __name__ = "reward"
+
+    def __init__(self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, batch: int) -> None:
+        self.scorer, self.tokenizer, self.batch = scorer, tokenizer, batch
+        self.latest = torch.zeros(0)
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[str], completions: Any, completion_ids: Sequence[Sequence[int]], **_: Any
+    ) -> list[float]:
+        end = self.tokenizer.eos_token_id
+        asked = self.tokenizer(list(prompts))["input_ids"]
+        whole = [[*ids] if ids and ids[-1] == end else [*ids, end] for ids in completion_ids]
+        rows = Rows.of(asked, whole, self.tokenizer.pad_token_id).to(self.scorer.model.device)
+        self.latest = torch.cat([self.scorer.scores(part) for part in rows.split(self.batch)])
+        return self.latest.tolist()
+
+
+class OnPolicyTrainer:
+    """Mixed into TRL's GRPOTrainer or RLOOTrainer.
+
+    Answers are drawn with random numbers that belong to (seed, rollout, row), so that they do not depend on how rows
+    are spread over processes; and a checkpoint holds what a run needs to go on between two rollouts, and no more.
+    """
+
+    on_rollout: Callable[[Any, Mapping[str, list]], None] | None = None
+
+    @property
+    def policy(self):
+        """The policy itself, without what several processes wrap around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps between two rollouts."""
+        return updates_per_rollout(self.args)
+
+    @property
+    def rollout(self) -> int:
+        """The number of the rollout that is being learnt from, from 0."""
+        return self.state.global_step // self.updates_per_rollout
+
+    def is_exact(self, step: int) -> bool:
+        """Whether a run resumed at this optimizer step repeats the straight one: between two rollouts it does."""
+        return step % self.updates_per_rollout == 0
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        if self.use_vllm or self.use_transformers_continuous_batching:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        first = self.rollout * self.args.generation_batch_size + self.accelerator.process_index * len(prompt_ids)
+        numbers = uniforms_of(self.args.seed, first, len(prompt_ids), self.max_completion_length)
+        training = self.policy.training
+        self.policy.eval()
+        pad = self.processing_class.pad_token_id
+        drawn = draw_tokens(self.policy, prompt_ids, numbers, self.temperature, self.eos_token_ids, pad)
+        self.policy.train(training)
+        return drawn, None
+
+    def _save(self, output_dir=None, state_dict=None):
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.policy, PeftModel):
+            self.policy.save_pretrained(str(folder), selected_adapters=["default"])
+        else:
+            self.policy.save_pretrained(str(folder), state_dict=state_dict)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if isinstance(self.policy, PeftModel):
+            load_adapter(self.policy, "default", load_peft_weights(resume_from_checkpoint, device="cpu"))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def updates_per_rollout(args: GRPOConfig) -> int:
+    """Optimizer steps between two rollouts.
+
+    Raises:
+        StepFailed: a rollout does not end with an optimizer step.
+    """
+    passes = args.steps_per_generation * args.num_iterations
+    if passes % args.gradient_accumulation_steps:
+        raise StepFailed(
+            "a rollout must end with an optimizer step",
+            where="steps_per_generation, num_iterations and gradient_accumulation_steps (the recipe's `trainer:`)",
+            have=f"{args.steps_per_generation} × {args.num_iterations} is no multiple of "
+            f"{args.gradient_accumulation_steps}",
+            then="change one of them, then run again",
+        )
+    return passes // args.gradient_accumulation_steps
+
+
+def rollout_arguments(
+    kind: Any, config: PPO | RLOO | GRPO, usual: Mapping[str, Any], *, seed: int, out: Path, **fixed: Any
+) -> Any:
+    """A TRL configuration that makes the recipe's number of rollouts; reports and checkpoints come once for each.
+
+    Args:
+        usual: what the method sets unless the recipe does.
+    """
+    args = arguments(kind, {**usual, **config.trainer}, seed=seed, out=out, **fixed)
+    updates = updates_per_rollout(args)
+    args.max_steps = config.rollouts * updates
+    for name in ("save_steps", "logging_steps"):
+        if name not in config.trainer:
+            setattr(args, name, updates)
+    return args
+
+
+def prompts_of(preferences: Path, at_least: int) -> list[str]:
+    """The prompts of the training pairs, each once, in the table's order; again from the start where they are few.
+
+    Raises:
+        DataError: there is none.
+    """
+    table = pd.read_parquet(preferences, columns=["prompt", "part"])
+    found = list(dict.fromkeys(table.loc[table["part"] == "train", "prompt"]))
+    if not found:
+        raise DataError("there are no prompts to answer", where=str(preferences), then="add data, or change the split")
+    return found * -(-at_least // len(found))
+
+
+def prompt_rows(prompts: Sequence[str]) -> Dataset:
+    """Prompts as TRL's trainers take them."""
+    return Dataset.from_dict({"prompt": list(prompts)})
+
+
+def rollout_facts(method: str, trainer: Any, measured: Mapping[str, float]) -> Facts:
+    """What a run of rollouts came to: the last report, and the implicit rewards of the held-out pairs."""
+    history = [entry for entry in trainer.state.log_history if "reward" in entry]
+    last = {name: history[-1][name] for name in LAST if name in history[-1]}
+    return {
+        "method": method,
+        "rollouts": trainer.state.global_step // trainer.updates_per_rollout,
+        "steps": trainer.state.global_step,
+        "reward_at_start": history[0]["reward"],
+        "accuracy": measured["eval_rewards/accuracies"],
+        "likelihood_displaced": measured["eval_rewards/chosen"] < 0,
+        **last,
+        **measured,
+    }
+
+
+class Notes:
+    """What is written down after a rollout: some answers, and now and then the implicit rewards of held-out pairs."""
+
+    def __init__(self, config: OnPolicy, held_out: HeldOut, beta: float, tracker: Tracker) -> None:
+        self.config, self.held_out, self.beta, self.tracker = config, held_out, beta, tracker
+
+    def __call__(self, trainer: Any, answers: Mapping[str, list]) -> None:
+        if not trainer.accelerator.is_main_process:
+            return
+        step, number = trainer.state.global_step, trainer.rollout
+        if number % self.config.samples_every == 0:
+            self.tracker.table(SAMPLES, step, answers)
+        if number and number % self.config.measure_every == 0:
+            self.tracker.metrics(self.held_out.measure(trainer.policy, self.beta), step)
