@@ -263,13 +263,13 @@ def _of_all(attribute: str, reason: Callable[[Overview, int, int], str]) -> Call
 
 
 def evaluation_leak(chunk: Chunk) -> Found:
-    """A prompt or answer that stands in one of the registry's `evaluation_sets`."""
+    """A prompt, opening of a conversation or answer that stands in one of the registry's `evaluation_sets`."""
     rows = slice(chunk.first, chunk.first + len(chunk.rows))
     return _merged(
         [
             (row, f"{name} stands in an evaluation set")
-            for name in TEXTS
-            for row in np.flatnonzero(np.isin(chunk.all.keys[name][rows], chunk.all.evaluation_keys)).tolist()
+            for name, keys in chunk.all.keys.items()
+            for row in np.flatnonzero(np.isin(keys[rows], chunk.all.evaluation_keys)).tolist()
         ]
     )
 
@@ -315,9 +315,9 @@ CHECKS: dict[str, Check] = {
         _of_all("near_repeats", lambda all, row, first: f"nearly repeats {all.place(first)}"),
     ),
     "both_labels": Check(
-        "the same two answers, each preferred once",
+        "the same two answers, each preferred once; an answer with both thumbs",
         "quarantine",
-        _of_all("contradictions", lambda all, row, other: f"{all.place(other)} prefers the other side"),
+        _of_all("contradictions", lambda all, row, other: f"{all.place(other)} says the opposite"),
     ),
     "cycle": Check(
         "preferences of one prompt that go round in a circle",

@@ -183,6 +183,10 @@ def _print_statistics(out: Console, counts: Mapping[str, Any], split: Mapping[st
     if "agreement" in split:
         ceiling = "how often a rater sides with the rest: the most a model of them can be right"
         table.add_row("agreement", f"{split['agreement']:.1%}", ceiling)
+    if "annotators_agree" in statistics:
+        again = f"of two annotators on {statistics['pairs_judged_again']:,.0f} pairs: a model of them can be right in "
+        again += f"{statistics['annotators_ceiling']:.1%} at most"
+        table.add_row("agreement", f"{statistics['annotators_agree']:.1%}", again)
     if statistics.get("pairs"):
         ties = statistics.get("ties", 0)
         share = ties / (statistics["pairs"] + ties)

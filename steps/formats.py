@@ -56,6 +56,7 @@ def at(fields: Any, path: str) -> Any:
 def kind_of(value: Any) -> str:
     """What a value is, in words."""
     names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    names |= {str: "text", bytes: "bytes"}
     return "missing" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
@@ -86,8 +87,9 @@ def number(value: Any, name: str) -> float | None:
 
 
 def truth(value: Any, name: str) -> bool:
-    """A yes or no, as a boolean, 0 or 1, or in words."""
+    """A yes or no: a boolean, 1 for yes, 0 or −1 for no, or in words."""
     words = {"true": True, "up": True, "yes": True, "1": True, "false": False, "down": False, "no": False, "0": False}
+    words |= {"1.0": True, "0.0": False, "-1": False, "-1.0": False}
     found = value if isinstance(value, bool) else words.get(str(value).strip().lower())
     if found is None:
         raise BadRecord(f"{name} is {value!r}, neither true nor false")
@@ -261,8 +263,14 @@ def hh(fields: Fields) -> Iterator[Row]:
 
 
 def sharegpt(fields: Fields) -> Iterator[Row]:
-    """ShareGPT: `conversations`, with `chosen` and `rejected` turns after them, or with the answer at their end."""
+    """ShareGPT: `conversations`, with `chosen` and `rejected` turns after them, or with the answer at their end.
+
+    A `system` field is the first turn, as where it stands among the others.
+    """
     conversation = turns(fields.get("conversations", fields.get("messages")), "conversations")
+    if fields.get("system"):
+        system = turns({"role": "system", "content": fields["system"]}, "system")
+        conversation = conversation if conversation[:1] == system else system + conversation
     if fields.get("chosen") is not None or fields.get("rejected") is not None:
         chosen, rejected = (conversation + turns(fields.get(name), name) for name in ("chosen", "rejected"))
         yield _pair_of_conversations(chosen, rejected, {**_given(fields), "margin": _margin(fields)})
@@ -333,19 +341,27 @@ def _answers(fields: Fields) -> list[Any]:
 def comparisons(fields: Fields) -> Iterator[Row]:
     """Answers of one prompt with a verdict on every two of them, in the order (1,2), (1,3), …, (2,3), …
 
-    `preference`: 0 for a tie, 1 for the first of the two, 2 for the second (FineGrainedRLHF).
+    `preference`: 0 for a tie, 1 for the first of the two, 2 for the second (FineGrainedRLHF). Of two answers it may
+    stand without a list (LLMBar).
     """
     answers = [text(answer, f"answer {place}") for place, answer in enumerate(_answers(fields), start=1)]
     duels = list(itertools.combinations(answers, 2))
-    verdicts = several(fields.get("preference"), "preference")
+    said = fields.get("preference")
+    alone = len(duels) == 1 and said is not None and not isinstance(said, list)
+    verdicts = [said] if alone else several(said, "preference")
     if len(verdicts) != len(duels):
         raise BadRecord(f"{len(verdicts)} verdicts, and {len(answers)} answers make {len(duels)} pairs")
     rest = {**_given(fields), "kind": "pair", "prompt": text(fields.get("prompt"), "prompt")}
-    for (first, second), verdict in zip(duels, verdicts, strict=True):
-        if isinstance(verdict, bool) or verdict not in (0, 1, 2):
-            raise BadRecord(f"the verdict {verdict!r} is none of 0, 1, 2")
+    for (first, second), verdict in zip(duels, map(_verdict, verdicts), strict=True):
         chosen, rejected = (second, first) if verdict == 2 else (first, second)
         yield {**rest, "chosen": chosen, "rejected": rejected, "tie": verdict == 0}
+
+
+def _verdict(value: Any) -> int:
+    found = {"0": 0, "1": 1, "2": 2}.get(str(value).removesuffix(".0"))
+    if found is None:
+        raise BadRecord(f"the verdict {value!r} is none of 0, 1, 2")
+    return found
 
 
 def rankings(fields: Fields) -> Iterator[Row]:

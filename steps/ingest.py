@@ -6,10 +6,9 @@ raw text and the reason, and validation names it. `python -m steps.ingest NAME` 
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,10 @@ from steps.formats import FORMATS, BadRecord, Row, at, kind_of, number
 from steps.readers import Record, hub_records, lines_of, records
 from steps.rows import CHUNK, row_id, writing
 from steps.sources import DOWNLOADS, File, files_of
+
+LONG = ("prompt", "chosen", "rejected", "answer", "raw")
+CHUNK_CHARACTERS = 64 << 20
+_FIELD = re.compile(r"\{([^{}]+)\}")
 
 
 def ingest(entry: Dataset, local: Path, out: Path, downloads: Path = DOWNLOADS) -> tuple[int, int]:
@@ -33,11 +36,24 @@ def ingest(entry: Dataset, local: Path, out: Path, downloads: Path = DOWNLOADS) 
     """
     read = 0
     with writing(out) as writer:
-        rows = canonical_rows(entry, local, downloads)
-        while chunk := list(itertools.islice(rows, CHUNK)):
+        for chunk in _chunks(canonical_rows(entry, local, downloads)):
             read += sum(row["part"] == 0 for row in chunk)
             writer.write(chunk)
     return read, writer.rows
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows in lists of at most `CHUNK`, and fewer where they are long, so that a chunk always fits in memory."""
+    chunk: list[Row] = []
+    characters = 0
+    for row in rows:
+        chunk.append(row)
+        characters += sum(len(row.get(name) or "") for name in LONG)
+        if len(chunk) >= CHUNK or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def canonical_rows(entry: Dataset, local: Path, downloads: Path = DOWNLOADS) -> Iterator[Row]:
@@ -104,7 +120,10 @@ def _fields(value: Mapping[str, Any], entry: Dataset) -> Mapping[str, Any]:
         return value
     fields = {**value, **{name: at(value, path) for name, path in entry.columns.items()}}
     if entry.prompt:
-        fields["prompt"] = re.sub(r"\{([^{}]+)\}", lambda match: _flat(at(value, match.group(1))), entry.prompt)
+        parts = {name: _flat(at(value, name)) for name in _FIELD.findall(entry.prompt)}
+        fields["prompt"] = (
+            _FIELD.sub(lambda match: parts[match.group(1)], entry.prompt) if any(parts.values()) else None
+        )
     return fields
 
 

@@ -6,7 +6,8 @@ The rows pass by in chunks; what is kept of each is a few numbers, so that milli
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,9 +25,10 @@ from steps.sources import File
 from steps.statistics import wilson
 
 ANSWERS = ["chosen", "rejected", "answer"]
-COLUMNS = ["kind", *TEXTS, "tie", "margin", "score", "ratings", "problem", *PLACE]
+COLUMNS = ["kind", *TEXTS, "turns", "tie", "margin", "score", "ratings", "annotator", "problem", *PLACE]
 PERMUTATIONS, BANDS = 64, 8
 NEAR = 0.9  # Jaccard similarity of their words from which two rows nearly repeat each other
+TRANSCRIPT = re.compile(r"\s*Human:(.*?)(?:\n\nAssistant:|$)", re.DOTALL)
 SHORTEST = 8  # words; below, a row is too short to be nearly another
 
 
@@ -35,7 +37,8 @@ class Overview:
     """What is known of all rows.
 
     Attributes:
-        keys: text column → (n,) uint64 hashes of the normalised texts, 0 where there is none.
+        keys: text column → (n,) uint64 hashes of the normalised texts, 0 where there is none; where there are
+            evaluation sets, `opening` too: what the user of a conversation says first.
         lengths: (n,) characters of the prompt and the longer answer.
         places: (n, 3) codes of source, file and line, for messages.
         repeats: row → the first row of the same content.
@@ -64,7 +67,7 @@ class Overview:
         return f"{source} line {line}" + (f" ({part + 1})" if part else "")
 
 
-def look_over(path: Path, evaluation_sets: Iterable[Path] = (), *, near: bool = True) -> Overview:
+def look_over(path: Path, evaluation_sets: Sequence[Path] = (), *, near: bool = True) -> Overview:
     """Pass over a table of canonical rows once.
 
     Args:
@@ -83,6 +86,10 @@ def look_over(path: Path, evaluation_sets: Iterable[Path] = (), *, near: bool = 
         part["tie"] = pc.fill_null(table["tie"], False).to_numpy(zero_copy_only=False)
         part["unread"] = pc.is_valid(table["problem"]).to_numpy(zero_copy_only=False)
         part["score"] = table["score"].to_numpy(zero_copy_only=False).astype(float)
+        part["alone"] = pc.is_null(table["ratings"]).to_numpy(zero_copy_only=False)
+        part["annotator"] = hashes(table["annotator"])
+        if evaluation_sets:
+            part["opening"] = hashes(_openings(table["turns"]))
         parts.append(part)
         places.append(
             table.select(list(PLACE)).to_pandas(types_mapper=None).astype({"source": "category", "file": "category"})
@@ -100,7 +107,7 @@ def look_over(path: Path, evaluation_sets: Iterable[Path] = (), *, near: bool = 
         empty = np.array([], dtype=np.uint64)
         return Overview(dict.fromkeys(TEXTS, empty), empty.astype(int), pd.DataFrame(columns=list(PLACE)))
     place = _stacked(places)
-    keys = {name: everything[name] for name in TEXTS}
+    keys = {name: everything[name] for name in (*TEXTS, "opening") if name in everything}
     longer = np.maximum(
         np.maximum(everything["chosen_length"], everything["rejected_length"]), everything["answer_length"]
     )
@@ -156,19 +163,48 @@ def _pairs(rows: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _contradictions(rows: dict[str, np.ndarray]) -> dict[int, int]:
-    """Row → a row with the same prompt and the same two answers, the other one preferred."""
-    pairs = _pairs(rows)
-    prompt, chosen, rejected = (rows[name][pairs] for name in ("prompt", "chosen", "rejected"))
-    frame = pd.DataFrame(
-        {
-            "row": pairs,
-            "pair": _mixed(prompt, np.minimum(chosen, rejected), np.maximum(chosen, rejected)),
-            "first": chosen < rejected,
-        }
-    )
-    both = frame[frame.groupby("pair")["first"].transform("nunique") > 1]
+    """Row → a row with the same prompt and the same two answers, the other one preferred.
+
+    Of answers with thumbs up or down: a row with the same prompt and answer and the other thumb.
+    """
+    both = pd.concat([_judgements(rows), _thumbs(rows)], ignore_index=True)
+    both = both[both.groupby("pair")["first"].transform("nunique") > 1]
     other = {(pair, way): int(group.iloc[0]) for (pair, way), group in both.groupby(["pair", "first"])["row"]}
     return {int(r.row): other[r.pair, not r.first] for r in both.itertuples()}
+
+
+def _judgements(rows: dict[str, np.ndarray]) -> pd.DataFrame:
+    """row, pair (the same for the same prompt and two answers, either way round), first (which of them is chosen)."""
+    said = _pairs(rows)
+    prompt, chosen, rejected = (rows[name][said] for name in ("prompt", "chosen", "rejected"))
+    pair = _mixed(prompt, np.minimum(chosen, rejected), np.maximum(chosen, rejected))
+    return pd.DataFrame({"row": said, "pair": pair, "first": chosen < rejected})
+
+
+def _thumbs(rows: dict[str, np.ndarray]) -> pd.DataFrame:
+    """row, pair (the same for the same prompt and answer), first (whether the thumb is up)."""
+    said = np.flatnonzero((np.abs(rows["score"]) == 1) & rows["alone"] & (rows["answer"] != 0))
+    pair = _mixed(rows["prompt"][said], rows["answer"][said])
+    return pd.DataFrame({"row": said, "pair": pair, "first": rows["score"][said] > 0})
+
+
+def _agreement(rows: dict[str, np.ndarray]) -> dict[str, float]:
+    """How often two people who judged the same two answers preferred the same one, and what that allows a model.
+
+    The observed agreement of Fleiss (1971), over judgements of known annotators, each counted once. Where annotators
+    prefer one answer with probability p, they agree with a = p² + (1 − p)², and no model can foresee more than
+    max(p, 1 − p) of their judgements; over all pairs that is at most (1 + √(2a − 1)) / 2, by Jensen's inequality.
+    """
+    said = _judgements(rows).assign(annotator=lambda frame: rows["annotator"][frame["row"]])
+    said = said[said["annotator"] != 0].drop_duplicates(["pair", "annotator"])
+    counts = said.groupby("pair")["first"].agg(["size", "sum"]).to_numpy(dtype=float)
+    judged, first = counts[counts[:, 0] > 1].T
+    twos = float((judged * (judged - 1)).sum())
+    if not twos:
+        return {}
+    alike = float((first * (first - 1) + (judged - first) * (judged - first - 1)).sum()) / twos
+    ceiling = (1 + max(2 * alike - 1, 0) ** 0.5) / 2
+    return {"pairs_judged_again": float(len(judged)), "annotators_agree": alike, "annotators_ceiling": ceiling}
 
 
 def _cycles(rows: dict[str, np.ndarray]) -> dict[int, int]:
@@ -270,11 +306,27 @@ def _evaluation_keys(paths: Iterable[Path]) -> np.ndarray:
 
 
 def _texts(value: object) -> Iterator[str]:
+    """Every text in a value; of a transcript also what is said first."""
     if isinstance(value, str):
         yield value
+        if said := TRANSCRIPT.match(value):
+            yield said.group(1)
     elif isinstance(value, Mapping | list):
         for inner in value.values() if isinstance(value, Mapping) else value:
             yield from _texts(inner)
+
+
+def _openings(turns: pa.ChunkedArray) -> pa.ChunkedArray:
+    """(rows,) the first turn that is not the system's, null where there is no conversation."""
+    found = []
+    for chunk in turns.chunks:
+        said = chunk.flatten()
+        begins = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(chunk), 0).to_numpy())])
+        roles = pc.equal(said.field("role"), "system").to_numpy(zero_copy_only=False).astype(int)
+        place = begins[:-1] + np.append(roles, 0)[begins[:-1]]
+        there = place < begins[1:]
+        found.append(said.field("content").take(pa.array(np.where(there, place, 0), mask=~there)))
+    return pa.chunked_array(found, pa.string())
 
 
 def _statistics(rows: dict[str, np.ndarray], places: pd.DataFrame) -> dict[str, float]:
@@ -290,6 +342,7 @@ def _statistics(rows: dict[str, np.ndarray], places: pd.DataFrame) -> dict[str, 
         "largest_source_share": float(places["source"].value_counts(normalize=True).max()),
         "sources": float(places["source"].nunique()),
     }
+    found |= _agreement(rows)
     if count:
         longer = int((chosen > rejected).sum())
         low, high = wilson(longer, count)

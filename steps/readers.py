@@ -24,6 +24,8 @@ from steps.sources import File
 
 BOM = b"\xef\xbb\xbf"
 LONGEST_LINE = 64 << 20  # bytes; a longer line is not read as a record
+TOO_LONG = f"the line is longer than {LONGEST_LINE >> 20} MiB"
+BATCH = 1000  # rows of a table that are in memory at once
 KEPT_OF_IT = 1 << 20  # characters of it that a quarantine row shows
 
 
@@ -61,7 +63,9 @@ def records(file: File, *, parsed: bool = True) -> Iterator[Record]:
             then="convert it, or rename it to say what it is",
         )
     with file.open() as stream:
-        yield from lines_of(stream) if file.suffix == ".jsonl" and not parsed else READERS[file.suffix](stream)
+        yield from (
+            lines_of(stream) if READERS[file.suffix] is json_lines and not parsed else READERS[file.suffix](stream)
+        )
 
 
 # -- text --------------------------------------------------------------------------------------------------------
@@ -86,15 +90,19 @@ def lines_of(stream: IO[bytes]) -> Iterator[Record]:
         if number == 1:
             line = line.removeprefix(BOM)
         if not whole:
-            while (rest := stream.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
-                pass
+            _skip_line(stream)
         elif line.isspace() or not line:
             continue
         text, encoding = decode(line.rstrip(b"\r\n"))
         if whole:
             yield Record(number, text, text, encoding)
         else:
-            yield Record(number, None, text[:KEPT_OF_IT], encoding, f"the line is longer than {LONGEST_LINE >> 20} MiB")
+            yield Record(number, None, text[:KEPT_OF_IT], encoding, TOO_LONG)
+
+
+def _skip_line(stream: IO[bytes]) -> None:
+    while (rest := stream.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+        pass
 
 
 def json_lines(stream: IO[bytes]) -> Iterator[Record]:
@@ -173,18 +181,25 @@ def separated(stream: IO[bytes], delimiter: str = ",") -> Iterator[Record]:
     """Rows of a CSV file with a header. An empty cell is a missing value; a quote nobody closes is a problem."""
     csv.field_size_limit(LONGEST_LINE)
     taken: list[tuple[str, str]] = []
+    too_long: list[int] = []
 
     def lines() -> Iterator[str]:
-        for number, line in enumerate(stream):
-            text, encoding = decode(line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line)
+        for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE), b"")):
+            text, encoding = decode(line.removeprefix(BOM) if number == 0 else line)
+            if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                _skip_line(stream)
+                too_long.append(number)
+                text = text[:KEPT_OF_IT]
             taken.append((text, encoding))
-            yield text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+            yield "" if too_long else text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     header: list[str] | None = None
+    twice = ""
     while True:
         begins, problem, cells = reader.line_num + 1, None, []
         taken.clear()
+        too_long.clear()
         try:
             cells = next(reader)
         except StopIteration:
@@ -193,6 +208,7 @@ def separated(stream: IO[bytes], delimiter: str = ",") -> Iterator[Record]:
             problem = f"not CSV ({error})"
         raw = "".join(text for text, _ in taken).rstrip("\r\n")
         encoding = next((name for _, name in taken if name != "utf-8"), "utf-8")
+        problem = TOO_LONG if too_long else problem
         if problem:
             yield Record(begins, None, raw, encoding, problem)
             continue
@@ -200,13 +216,14 @@ def separated(stream: IO[bytes], delimiter: str = ",") -> Iterator[Record]:
             continue
         if header is None:
             header = [cell.strip() for cell in cells]
+            twice = next((name for name in header if name and header.count(name) > 1), "")
             continue
         if len(cells) != len(header):
             problem = f"{len(cells)} cells where the header has {len(header)}"
-            yield Record(begins, None, raw, encoding, problem)
-        else:
-            values = {name: cell if cell else None for name, cell in zip(header, cells, strict=True)}
-            yield Record(begins, values, raw, encoding)
+        elif twice:
+            problem = f"the header names '{twice}' twice"
+        values = None if problem else {name: cell if cell else None for name, cell in zip(header, cells, strict=True)}
+        yield Record(begins, values, raw, encoding, problem)
 
 
 def tab_separated(stream: IO[bytes]) -> Iterator[Record]:
@@ -217,13 +234,39 @@ def tab_separated(stream: IO[bytes]) -> Iterator[Record]:
 def parquet(stream: IO[bytes]) -> Iterator[Record]:
     """Rows of a Parquet file."""
     with pq.ParquetFile(stream if stream.seekable() else pa.BufferReader(stream.read())) as file:
-        yield from numbered(row for batch in file.iter_batches(10_000) for row in batch.to_pylist())
+        names = file.schema_arrow.names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise pa.ArrowInvalid(f"the column '{twice[0]}' stands there twice")
+        yield from _numbered(file.iter_batches(BATCH))
 
 
-def numbered(values: Iterable[Any]) -> Iterator[Record]:
-    """Records of values that have no text of their own."""
-    for number, value in enumerate(values, start=1):
-        yield Record(number, value, _as_json(value))
+def _numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[Record]:
+    """Records of batches of rows, which have no text of their own."""
+    for number, (value, encoding, problem) in enumerate(itertools.chain.from_iterable(map(_rows, batches)), start=1):
+        yield Record(number, None if problem else value, _as_json(value), encoding, problem)
+
+
+def _rows(batch: pa.RecordBatch) -> list[tuple[dict[str, Any], str, str | None]]:
+    """(fields, encoding, problem) of every row; one by one where a cell among them has no value in Python."""
+    try:
+        return [(row, "utf-8", None) for row in batch.to_pylist()]
+    except (ValueError, OverflowError, pa.ArrowException):
+        return [_row(batch.slice(place, 1)) for place in range(batch.num_rows)]
+
+
+def _row(row: pa.RecordBatch) -> tuple[dict[str, Any], str, str | None]:
+    fields: dict[str, Any] = {}
+    encoding, problem = "utf-8", None
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        cell = column[0]
+        try:
+            fields[name] = cell.as_py()
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            if isinstance(cell, pa.StringScalar | pa.LargeStringScalar):
+                fields[name], encoding = decode(cell.as_buffer().to_pybytes())
+            else:
+                fields[name], problem = None, f"{name} cannot be read ({error})"
+    return fields, encoding, problem
 
 
 def _as_json(value: Any) -> str:
@@ -239,6 +282,7 @@ def _as_json(value: Any) -> str:
 
 READERS: dict[str, Callable[[IO[bytes]], Iterator[Record]]] = {
     ".jsonl": json_lines,
+    ".ndjson": json_lines,
     ".json": json_array,
     ".csv": separated,
     ".tsv": tab_separated,
@@ -254,15 +298,24 @@ def hub_records(source: Source, local: Path) -> Iterator[Record]:
     """The rows of a dataset on the hub at its pinned revision, or of a folder laid out as the hub does.
 
     Raises:
-        DataError: it cannot be loaded.
+        DataError: it cannot be loaded, or it is on the hub and no revision is named.
     """
     from datasets import load_dataset
 
     assert source.hub is not None
     folder = local / source.hub
+    if not folder.is_dir() and source.revision is None:
+        raise DataError(
+            "a hub dataset needs its revision, else a version could not be made again",
+            where=source.hub,
+            have=f"no `revision`, and no folder {folder}",
+            then="add `revision:` with the 40 hex digits of a commit beside `hub:` in data/datasets.yaml",
+        )
     where = str(folder) if folder.is_dir() else source.hub
     try:
         table = load_dataset(where, source.config, split=source.split, revision=source.revision)
+        batches = table.with_format("arrow").iter(BATCH)
+        yield from _numbered(batch for rows in batches for batch in rows.to_batches())
     except Exception as error:  # the library raises whatever its readers and the network do
         raise DataError(
             "a hub dataset cannot be loaded",
@@ -270,4 +323,3 @@ def hub_records(source: Source, local: Path) -> Iterator[Record]:
             have=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
             then="check the name and the network; `source.hub` may also name a folder in data/NAME/source",
         ) from error
-    yield from numbered(table)

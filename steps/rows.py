@@ -118,15 +118,15 @@ def writing(path: Path, schema: pa.Schema = SCHEMA) -> Iterator[Writer]:
 
 
 def chunks(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """The rows of a table, `CHUNK` at a time, in their order.
+    """The rows of a table in their order, as many at a time as were written at once: at most `CHUNK`.
 
     Raises:
         DataError: the table cannot be read.
     """
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(CHUNK, columns=columns):
-                yield pa.Table.from_batches([batch])
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns=columns).combine_chunks()
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             "a table of the data cannot be read", where=str(path), have=str(error), then="dvc repro, or `dvc checkout`"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -27,8 +28,14 @@ from steps.datasets import Source
 from steps.errors import DataError
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-CONTAINERS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+CONTAINERS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 DOWNLOADS = Path("var/downloads")
+# Files of a folder that go with data without being any.
+_ASIDE = re.compile(
+    r"^_(success|committed|started|(common_)?metadata)|^(readme|licen[cs]e|notice|citation|changelog|dataset_infos|sha256sums)\b"
+    r"|\.(md|rst|html?|pdf|bib|cff|ya?ml|toml|py|ipynb|sh|png|jpe?g|svg|md5|sha\d*)$",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -48,12 +55,17 @@ class File:
     @property
     def suffix(self) -> str:
         """What kind of file it is, compression aside: `.jsonl` for `pairs.jsonl.gz`."""
-        plain = Path(self.name.removesuffix(self.compression_suffix))
+        plain = Path(self._path.removesuffix(self.compression_suffix))
         return plain.suffix.lower()
 
     @property
+    def _path(self) -> str:
+        """The name; of an address, the part before a query such as `?download=1`."""
+        return re.split(r"[?#]", self.name, maxsplit=1)[0] if "://" in self.name else self.name
+
+    @property
     def compression_suffix(self) -> str:
-        ending = Path(self.name).suffix
+        ending = Path(self._path).suffix
         return ending if ending.lower() in COMPRESSION else ""
 
     @contextmanager
@@ -65,6 +77,8 @@ class File:
         """
         kind = COMPRESSION.get(self.compression_suffix.lower())
         try:
+            if kind and not self.path.stat().st_size:
+                raise EOFError("no bytes, where even an empty archive has some")
             with self.path.open("rb") as raw:
                 yield io.BufferedReader(pa.CompressedInputStream(raw, kind), 1 << 20) if kind else raw  # type: ignore
         except (OSError, EOFError, pa.ArrowException) as error:
@@ -110,7 +124,14 @@ def _local(role: str, where: str, local: Path) -> list[File]:
     """A file, the files of a folder, or those a pattern fits."""
     place = local / where
     if place.is_dir():
-        paths = [path for path in place.rglob("*") if path.is_file() and _known(path)]
+        paths = [path for path in place.rglob("*") if path.is_file() and not _is_aside(path.relative_to(place))]
+        if strange := sorted(path for path in paths if not _known(path)):
+            raise DataError(
+                f"the folder of '{role}' holds a file of a kind that is not known",
+                where=str(strange[0]),
+                have=f"known are {', '.join(CONTAINERS)}, each also with {', '.join(COMPRESSION)}",
+                then=f"convert it, take it out, or name the files by a pattern: {role}: {where.rstrip('/')}/*.jsonl",
+            )
     elif any(letter in where for letter in "*?["):
         paths = [path for path in local.glob(where) if path.is_file()]
     else:
@@ -125,6 +146,10 @@ def _local(role: str, where: str, local: Path) -> list[File]:
         )
     names = {path: path.relative_to(local) if path.is_relative_to(local) else path for path in sorted(paths)}
     return [File(role, name.as_posix(), path) for path, name in names.items()]
+
+
+def _is_aside(path: Path) -> bool:
+    return bool(_ASIDE.search(path.name)) or any(part.startswith(".") for part in path.parts)
 
 
 def _known(path: Path) -> bool:

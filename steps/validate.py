@@ -198,10 +198,15 @@ def validate(entry: Dataset, here: Path, local: Path, root: Path = Path()) -> di
         raise DataError(
             f"no row of '{here.name}' is fit to learn from",
             where=str(here / "quarantine.parquet"),
-            have=f"{tally.quarantined} rows in quarantine",
+            have="\n        ".join([f"{tally.quarantined} rows in quarantine", *_first_examples(tally)]),
             then=f"read their reasons with `prefloop data report {here.name}`, then mend the source or the rules",
         )
     return counts
+
+
+def _first_examples(tally: Tally) -> list[str]:
+    """One example of each check, those that found most first."""
+    return [f"{name}: {tally.examples[name][0]}" for name, _ in tally.rows.most_common(3) if tally.examples.get(name)]
 
 
 def _judged(

@@ -303,6 +303,42 @@ def test_ties_are_no_circle_and_no_contradiction(tmp_path: Path) -> None:
     assert findings(records, tmp_path, format="comparisons", rules={"checks": {"length_bias": "off"}}) == {}
 
 
+@pytest.mark.parametrize("text", ["So.", "é 🙂 " * 3, long("x")])
+def test_an_answer_with_both_thumbs_is_found_both_times(text: str, tmp_path: Path) -> None:
+    faults = [{"prompt": "Planted?", "completion": text, "label": label} for label in ("up", "down")]
+    faults[1]["completion"] = faults[1]["completion"].upper()
+    others = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in CLEAN]
+    records, (up, down) = planted(faults, others)
+    assert findings(records, tmp_path, format="labels") == {up: ["both_labels"], down: ["repeated", "both_labels"]}
+
+
+def test_the_agreement_of_annotators_and_what_it_allows(tmp_path: Path) -> None:
+    """Three judge pair a, 2 of them alike: 1 of 3 twos agrees. Two judge b alike. Of c one says it twice."""
+    verdicts = [("a", 1, "x"), ("a", 2, "y"), ("a", 1, "z"), ("b", 2, "x"), ("b", 2, "é"), ("c", 1, "x"), ("c", 1, "x")]
+    verdicts += [("b", 1, None)]
+    records = [
+        {"prompt": name, "answers": ["one", "two"], "preference": verdict, "annotator": annotator}
+        for name, verdict, annotator in verdicts
+    ]
+    tiny.ingested({"p.jsonl": records}, tmp_path, format="comparisons")
+    statistics = look_over(tmp_path / "rows.parquet").statistics
+    assert statistics["pairs_judged_again"] == 2
+    assert statistics["annotators_agree"] == pytest.approx((1 + 1) / (3 + 1))
+    assert statistics["annotators_ceiling"] == pytest.approx(0.5)
+
+
+def test_the_ceiling_of_annotators_who_agree_in_four_of_five_pairs(tmp_path: Path) -> None:
+    """a = 0.8 = p² + (1 − p)² has the solution p = (1 + √0.6) / 2."""
+    records = [
+        {"prompt": f"p{n}", "answers": ["one", "two"], "preference": 1 if n else who, "annotator": who}
+        for n in range(5)
+        for who in (1, 2)
+    ]
+    tiny.ingested({"p.jsonl": records}, tmp_path, format="comparisons")
+    statistics = look_over(tmp_path / "rows.parquet").statistics
+    assert statistics["annotators_ceiling"] == pytest.approx((1 + 0.6**0.5) / 2)
+
+
 # -- evaluation sets ---------------------------------------------------------------------------------------------
 
 LEAKED = "What is the capital of Québec? 🙂"
@@ -321,6 +357,30 @@ def test_a_text_of_an_evaluation_set_is_found_whatever_file_it_stands_in(name: s
     write(tmp_path / name)
     records, _ = planted([pair(prompt=LEAKED.upper())], CLEAN)
     assert findings(records, tmp_path, rules={"evaluation_sets": [name]}) == {5: ["evaluation_leak"]}
+
+
+HELD = "Why is the sky blue, élève?"
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        HELD,
+        {"q": f"  {HELD.upper()}"},
+        [{"messages": [{"role": "user", "content": HELD}]}],
+        {"chosen": f"\n\nHuman: {HELD}\n\nAssistant: So.\n\nHuman: And?\n\nAssistant: x"},
+    ],
+)
+def test_a_leak_is_found_behind_the_marks_of_a_conversation(kept: Any, tmp_path: Path) -> None:
+    (tmp_path / "e.json").write_text(json.dumps(kept), encoding="utf-8")
+    faults = [
+        pair(prompt=talk(HELD), **SIDES),
+        pair(prompt=talk("Be kind.", HELD, "So.", "And?", roles="suau"), **SIDES),
+        pair(prompt=talk("And?", "So.", HELD), **SIDES),  # a later question is another conversation
+    ]
+    records, lines = planted(faults, CLEAN)
+    found = findings(records, tmp_path, rules={"evaluation_sets": ["e.json"]})
+    assert found == {line: ["evaluation_leak"] for line in lines[:2]}
 
 
 def test_a_leak_is_found_on_either_side(tmp_path: Path) -> None:

@@ -142,12 +142,12 @@ def test_a_missing_text_is_left_for_validation(missing: str) -> None:
         ([user("Why?"), bot("x"), user("y"), bot("z")], "prompts_differ", "turns before its answer"),
         ([user("Why?"), user("x")], "turns", "the last turn of {side} is the user's"),
         ([user("Why?"), {"role": "wizard", "content": "x"}], "turns", "turn 2 of {side} has the role 'wizard'"),
-        ([user("Why?"), "x"], "turns", "turn 2 of {side} is a str"),
+        ([user("Why?"), "x"], "turns", "turn 2 of {side} is text"),
         ([], "turns", "{side} has no turns"),
         ([user("Why?"), {"role": "assistant"}], "not_text", "turn 2 of {side} is missing, not text"),
         ([user("Why?"), bot(3)], "not_text", "turn 2 of {side} is a number, not text"),  # type: ignore[arg-type]
         ([user("Why?"), bot("\ud800")], "encoding", "turn 2 of {side} holds half a surrogate pair"),
-        ("text", "unreadable", "{side} is a str, not a list"),
+        ("text", "unreadable", "{side} is text, not a list"),
         (None, "unreadable", "{side} is missing, not a list"),
     ],
 )
@@ -269,6 +269,18 @@ def test_sharegpt_without_sides_is_a_demonstration(role: str) -> None:
     assert only("sharegpt", conversations=conversation) == {"kind": "demonstration", "prompt": ASKED, "answer": " So."}
 
 
+@pytest.mark.parametrize("conversation", [[user("Why?"), bot("So.")], [SYSTEM, user("Why?"), bot("So.")]])
+def test_sharegpt_with_a_system_field_begins_with_it(conversation: list[dict[str, str]]) -> None:
+    found = only("sharegpt", conversations=conversation, system="Be brief.")
+    assert found["prompt"] == f"\n\nSystem: Be brief.{ASKED}"
+
+
+def test_sharegpt_with_two_systems_or_none_that_is_text_is_refused() -> None:
+    conversation = [SYSTEM, user("Why?"), bot("So.")]
+    assert refusal("sharegpt", conversations=conversation, system="Be long.")[0] == "turns"
+    assert refusal("sharegpt", conversations=conversation, system=["x"])[0] == "not_text"
+
+
 def test_sharegpt_with_one_side_only_is_refused() -> None:
     conversation = [{"from": "human", "value": "Why?"}]
     assert refusal("sharegpt", conversations=conversation, chosen=[bot("x")])[0] == "unreadable"
@@ -342,6 +354,24 @@ def test_comparisons_of_four_answers_with_ties() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("verdict", "expected"),
+    [(1, ("a", "b", False)), ("2", ("b", "a", False)), (0.0, ("a", "b", True)), ([2], ("b", "a", False))],
+)
+def test_the_verdict_on_two_answers_needs_no_list(verdict: Any, expected: tuple[str, str, bool]) -> None:
+    assert duels(rows("comparisons", prompt="p", output_1="a", output_2="b", preference=verdict)) == [expected]
+
+
+@pytest.mark.parametrize("verdict", [None, 3, -1, "first", True, [], {}, [1, 1]])
+def test_another_verdict_on_two_answers_is_refused(verdict: Any) -> None:
+    assert refusal("comparisons", prompt="p", answers=["a", "b"], preference=verdict)[0] == "unreadable"
+
+
+def test_one_verdict_on_three_answers_is_refused() -> None:
+    said = refusal("comparisons", prompt="p", answers=["a", "b", "c"], preference=1)[1]
+    assert said == "preference is a number, not a list"
+
+
 @pytest.mark.parametrize("names", ["answer {}", "answer_{}", "answer{}", "response {}"])
 def test_answers_may_stand_in_numbered_fields_or_in_a_list(names: str) -> None:
     fields = {names.format(n): f"text {n}" for n in (10, 2, 1)}
@@ -363,13 +393,13 @@ def test_ranks_make_a_pair_of_every_two_answers_with_ties() -> None:
         ("comparisons", {"answers": ["a", "b"], "preference": [True]}, "the verdict True"),
         ("comparisons", {"answers": ["a", "b"], "preference": [None]}, "the verdict None"),
         ("comparisons", {"answers": ["a", "b"]}, "preference is missing, not a list"),
-        ("comparisons", {"answers": "ab", "preference": [1]}, "answers is a str, not a list"),
+        ("comparisons", {"answers": "ab", "preference": [1]}, "answers is text, not a list"),
         ("comparisons", {"preference": [1]}, "answers are missing"),
         ("comparisons", {"preference": [1], "a " + "9" * 5000: "x", "b": "y"}, "answers are missing"),
         ("rankings", {"answers": ["a", "b"], "ranks": [1]}, "1 ranks for 2 answers"),
         ("rankings", {"answers": ["a", "b"], "ranks": [1, None]}, "1 ranks for 2 answers"),
         ("rankings", {"answers": ["a", "b"], "ranks": [1, "x"]}, "rank is not a number"),
-        ("rankings", {"answers": ["a", "b"], "ranks": "12"}, "ranks is a str, not a list"),
+        ("rankings", {"answers": ["a", "b"], "ranks": "12"}, "ranks is text, not a list"),
         ("scored", {"answers": ["a", "b"], "scores": [1]}, "1 scores for 2 answers"),
         ("scored", {"answers": ["a"], "scores": ["x"]}, "the score of answer 1 is not a number"),
         ("labels", {"completion": "c", "label": "maybe"}, "label is 'maybe', neither true nor false"),
@@ -408,7 +438,10 @@ def test_several_scores_of_an_answer_are_raw_ratings() -> None:
 
 @pytest.mark.parametrize(
     ("label", "score"),
-    [(True, 1.0), (1, 1.0), ("up", 1.0), ("True", 1.0), (False, -1.0), (0, -1.0), ("down", -1.0), (" no ", -1.0)],
+    [
+        *((label, 1.0) for label in (True, 1, 1.0, "1.0", "up", "True")),
+        *((label, -1.0) for label in (False, 0, 0.0, -1, "down", " no ")),
+    ],
 )
 def test_thumbs_up_score_one_and_down_minus_one(label: Any, score: float) -> None:
     expected = {"kind": "rated", "prompt": "p", "answer": "c", "score": score}

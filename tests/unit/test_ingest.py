@@ -20,6 +20,7 @@ from steps.checks import CHECKS
 from steps.errors import DataError, PrefloopError
 from steps.ingest import ingest, rated_sentences, raw_texts
 from steps.readers import decode, records
+from steps.rows import chunks
 from steps.sources import File
 
 BOM = b"\xef\xbb\xbf"
@@ -58,6 +59,22 @@ def test_rows_beyond_a_chunk_are_all_written(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(module, "CHUNK", 7)
     rows = tiny.ingested({"p.jsonl": tiny.preference_rows(10)}, tmp_path)
     assert [row["line"] for row in rows] == list(range(1, 21))
+
+
+def test_long_rows_are_written_in_smaller_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [{"prompt": "p", "chosen": "x" * 400, "rejected": str(n)} for n in range(20)] + [{}] * 9
+    whole = tiny.ingested({"p.jsonl": records}, tmp_path / "whole")
+    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 1000)
+    assert tiny.ingested({"p.jsonl": records}, tmp_path / "parts") == whole
+    groups = pq.ParquetFile(tmp_path / "parts" / "rows.parquet").metadata
+    assert [groups.row_group(n).num_rows for n in range(groups.num_row_groups)] == [3] * 6 + [11]
+    assert len(list(chunks(tmp_path / "parts" / "rows.parquet"))) == 7
+
+
+def test_a_template_of_which_nothing_is_there_makes_no_prompt(tmp_path: Path) -> None:
+    records = [{"q": "x"}, {"other": "y"}, {"q": None, "z": [""]}, {"z": ["a", "b"]}]
+    rows = tiny.ingested({"p.jsonl": records}, tmp_path, prompt="Q: {q}{z}", format="prompts")
+    assert [row["prompt"] for row in rows] == ["Q: x", None, None, "Q: a\nb"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -55,6 +56,7 @@ def lines(found: list[Record]) -> list[tuple[int, object]]:
 
 CONTAINERS = {
     "p.jsonl": "\n".join(map(json.dumps, VALUES)).encode(),
+    "p.ndjson": "\n".join(map(json.dumps, VALUES)).encode(),
     "p.json": json.dumps(VALUES).encode(),
     "p.csv": "prompt,chosen\np é,1\nq 🙂,2\n".encode(),
     "p.tsv": "prompt\tchosen\np é\t1\nq 🙂\t2\n".encode(),
@@ -312,13 +314,100 @@ def test_the_split_is_the_one_that_is_asked_for(hub: Path) -> None:
     assert [record.value for record in hub_records(Source(hub="set", split="test"), hub)] == [VALUES[1]]
 
 
-@pytest.mark.parametrize("source", [{"hub": "set"}, {"hub": "nobody/nothing"}, {"hub": "set", "split": "nowhere"}])
+@pytest.mark.parametrize(
+    "source",
+    [{"hub": "set"}, {"hub": "nobody/nothing", "revision": "0" * 40}, {"hub": "set", "split": "nowhere"}],
+)
 def test_a_hub_dataset_that_cannot_be_loaded_is_named(source: dict[str, str], hub: Path) -> None:
     if "split" in source:
         (hub / "set" / "train.jsonl").write_bytes(CONTAINERS["p.jsonl"])
     with pytest.raises(DataError, match="a hub dataset cannot be loaded") as caught:
         list(hub_records(Source(**source), hub))
     assert source["hub"] in str(caught.value)
+
+
+def test_a_hub_dataset_without_a_revision_is_refused(hub: Path) -> None:
+    with pytest.raises(DataError, match="needs its revision") as caught:
+        list(hub_records(Source(hub="nobody/nothing"), hub))
+    assert "nobody/nothing" in str(caught.value)
+
+
+def test_a_pinned_revision_of_a_local_folder_is_read(hub: Path) -> None:
+    (hub / "set" / "train.jsonl").write_bytes(CONTAINERS["p.jsonl"])
+    assert [record.value for record in hub_records(Source(hub="set", revision="a" * 40), hub)] == VALUES
+
+
+def broken_text(data: bytes, offsets: list[int]) -> pa.Array:
+    """Texts of which not all are UTF-8, as careless writers leave them."""
+    buffers = pa.py_buffer(np.array(offsets, dtype=np.int32)), pa.py_buffer(data)
+    return pa.StringArray.from_buffers(len(offsets) - 1, *buffers)
+
+
+def written(**columns: pa.Array) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.table(columns), stream)
+    return stream.getvalue()
+
+
+def test_a_text_of_a_table_that_is_not_utf8_is_decoded_like_any_other(read: Callable) -> None:
+    data = written(a=broken_text("é".encode() + b"caf\xe9x", [0, 2, 6, 7]))
+    found = read("p.parquet", data)
+    assert [(record.value, record.encoding) for record in found] == [
+        ({"a": "é"}, "utf-8"),
+        ({"a": "café"}, "cp1252"),
+        ({"a": "x"}, "utf-8"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        pa.array([2**53, 1], pa.timestamp("ms")),
+        pa.array([2**31 - 1, 1], pa.int32()).cast(pa.date32()),
+        pa.ListArray.from_arrays([0, 1, 2], broken_text(b"\xffx", [0, 1, 2])),
+    ],
+    ids=["timestamp", "date", "nested"],
+)
+def test_a_cell_of_a_table_without_a_value_is_a_problem_of_its_row_alone(cells: pa.Array, read: Callable) -> None:
+    bad, good = read("p.parquet", written(a=pa.array(["x", "y"]), b=cells))
+    assert (bad.line, bad.value, bad.raw) == (1, None, '{"a": "x", "b": null}')
+    assert "b cannot be read" in bad.problem
+    assert (good.line, good.value["a"], good.problem) == (2, "y", None)
+
+
+def test_a_column_that_stands_twice_is_an_error_or_a_problem_and_not_dropped(read: Callable) -> None:
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["a", "a"]), stream)
+    with pytest.raises(DataError, match=r"p\.parquet") as caught:
+        read("p.parquet", stream.getvalue())
+    assert "'a' stands there twice" in str(caught.value)
+    found = read("p.csv", b"a,b,a,,\n1,2,3,,\n")
+    assert [(record.line, record.value, record.raw) for record in found] == [(2, None, "1,2,3,,")]
+    assert found[0].problem == "the header names 'a' twice"
+
+
+def test_a_long_table_is_numbered_through(read: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BATCH", 3)
+    values = [{"a": str(n)} for n in range(10)]
+    assert lines(read("p.parquet", parquet(values))) == list(enumerate(values, start=1))
+
+
+@pytest.mark.parametrize("quote", [b"", b'"'])
+def test_a_line_of_a_csv_file_that_is_too_long_leaves_the_next_alone(
+    quote: bytes, read: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "LONGEST_LINE", 64)
+    monkeypatch.setattr(readers, "KEPT_OF_IT", 10)
+    long = quote + b"x" * 300 + quote + b",2"
+    found = read("p.csv", b"a,b\n1,2\n" + long + b"\n3,4\n" + long)
+    assert [(record.line, record.value) for record in found] == [
+        (2, {"a": "1", "b": "2"}),
+        (3, None),
+        (4, {"a": "3", "b": "4"}),
+        (5, None),
+    ]
+    assert found[1].raw == long[:10].decode()
+    assert "the line is longer than" in found[1].problem
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tenacity import Retrying, stop_after_attempt
 from steps import sources
 from steps.datasets import Source
 from steps.errors import DataError
-from steps.sources import files_of
+from steps.sources import File, files_of
 
 
 def sha256(data: bytes) -> str:
@@ -62,6 +62,18 @@ def test_a_folder_gives_its_data_files_sorted_and_nothing_else(tmp_path: Path) -
         ("all", "raw/b.jsonl", b"b"),
         ("all", "raw/c.JSONL.gz", b"c"),
     ]
+
+
+def test_what_goes_with_data_is_left_aside_and_what_may_be_data_is_not(tmp_path: Path) -> None:
+    for name in (".cache/p.jsonl", "._p.jsonl", "LICENSE.txt", "_SUCCESS", "p.jsonl", "_part.jsonl", "readme"):
+        (tmp_path / "raw" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "raw" / name).write_bytes(b"x")
+    assert [name for _, name, _ in read(Source(files={"all": "raw"}), tmp_path)] == ["raw/_part.jsonl", "raw/p.jsonl"]
+    (tmp_path / "raw" / "more.xlsx").write_bytes(b"x")
+    with pytest.raises(DataError, match="a kind that is not known") as caught:
+        read(Source(files={"all": "raw"}), tmp_path)
+    assert "more.xlsx" in str(caught.value)
+    assert "raw/*.jsonl" in str(caught.value)
 
 
 @pytest.mark.parametrize("pattern", ["part-*.jsonl", "part-?.jsonl", "part-[12].jsonl"])
@@ -144,6 +156,19 @@ def test_a_file_address_is_fetched_and_decompressed_by_its_name(tmp_path: Path) 
     (tmp_path / "p.jsonl.gz").write_bytes(data)
     source = Source(files={"p": f"file://{tmp_path}/p.jsonl.gz"}, sha256={"p": sha256(data)})
     assert read(source, tmp_path)[0][2] == b"remote"
+
+
+@pytest.mark.parametrize("query", ["?download=1", "?a=b.csv#c", "#x"])
+def test_what_an_address_asks_for_beside_the_file_is_no_part_of_its_kind(query: str) -> None:
+    file = File("p", f"https://example.org/p.jsonl.gz{query}", Path("x"))
+    assert (file.suffix, file.compression_suffix) == (".jsonl", ".gz")
+    assert File("p", "who?.csv", Path("x")).suffix == ".csv"
+
+
+def test_an_archive_without_a_byte_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"p\.jsonl\.gz"):
+        read(Source(files={"p": "p.jsonl.gz"}), tmp_path)
 
 
 def test_an_address_without_a_digest_is_refused(address: str, tmp_path: Path) -> None:
