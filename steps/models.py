@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,8 +29,11 @@ SETS = ("target_modules", "modules_to_save", "exclude_modules")
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of frozen weights. `auto` is bfloat16 where the processor computes in it, float32 elsewhere."""
-    if name != "auto":
+    """The dtype models compute in. `auto` is bfloat16 where the processor computes in it, float32 elsewhere.
+
+    Weights kept in 4 bits (`nf4`) are computed with as `auto` has it.
+    """
+    if name not in ("auto", "nf4"):
         return getattr(torch, name)
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
@@ -61,7 +65,19 @@ def load_reward_model(base: Path, dtype: str, adapter: Path | None = None) -> Pr
     return model if adapter is None else PeftModel.from_pretrained(model, str(adapter))
 
 
+def four_bits(compute: torch.dtype) -> BitsAndBytesConfig:
+    """4-bit NormalFloat with doubly quantised constants (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, §3)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
 def _load(kind: Any, base: Path, dtype: str, **options: Any) -> PreTrainedModel:
+    if dtype == "nf4":
+        options["quantization_config"] = four_bits(torch_dtype(dtype))
     try:
         return kind.from_pretrained(base, dtype=torch_dtype(dtype), use_safetensors=True, **options)
     except (OSError, ValueError) as error:

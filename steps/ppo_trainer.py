@@ -24,6 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 from steps.advantages import KLController, explained_variance, gae, masked_mean, token_rewards, whiten
 from steps.backbone import Rows, Scorer, active, token_log_probs
 from steps.config import PPO
+from steps.errors import StepFailed
 from steps.frozen_layers import FrozenLayers
 from steps.losses import clipped, clipped_policy_loss, clipped_value_loss, k3
 from steps.rollouts import AnswerReward, OnPolicyTrainer
@@ -31,8 +32,6 @@ from steps.training import CHECKPOINT_FILES
 
 REFERENCE = "reference"  # the adapter's name
 CRITIC_FILE, STATE_FILE = "critic.safetensors", "ppo.json"
-# Of what TRL reports; the names on the right are the project's.
-KEPT = {"completions/mean_length": "completion_length"}
 
 
 @dataclass
@@ -88,6 +87,12 @@ class PPOTrainer(OnPolicyTrainer, GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, reward, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise StepFailed(
+                "PPO runs in several processes that hold whole models, not in parts of one",
+                have="FSDP or DeepSpeed in accelerate's configuration",
+                then="use plain data parallelism, or policy.method=grpo",
+            )
         self.answer_reward, self.critic, self.ppo, self.moments = reward, critic, ppo, moments
         self.reference, self.demonstrations = reference, demonstrations
         self.memories, self.on_rollout = memories, on_rollout
@@ -178,21 +183,7 @@ class PPOTrainer(OnPolicyTrainer, GRPOTrainer):
             explained_variance=explained_variance(out["values"], out["returns"], mask, self._total),
         )
         self.kl.update(float(kl.mean()))
-        if self.on_rollout is None:
-            return
-        tokens = zip(out["completion_ids"].tolist(), mask.sum(1).long().tolist(), strict=True)
-        answers = [self.processing_class.decode(ids[:n], skip_special_tokens=True) for ids, n in tokens]
-        self.on_rollout(
-            self,
-            {
-                "prompt": [row["prompt"] for row in inputs],
-                "answer": answers,
-                "reward": self.answer_reward.latest.tolist(),
-                "kl": log_ratios.sum(1).tolist(),
-                "tokens": mask.sum(1).long().tolist(),
-                "ended": ended.bool().tolist(),
-            },
-        )
+        self.tell(inputs, out, kl=log_ratios.sum(1).tolist())
 
     # -- learning ------------------------------------------------------------------------------------------------
 
@@ -306,18 +297,6 @@ class PPOTrainer(OnPolicyTrainer, GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         for name, value in values.items():
             self._metrics[mode][name].append(float(value))
-
-    def log(self, logs, start_time=None):
-        """TRL's log without what only groups of answers have."""
-        for metrics in self._metrics.values():
-            for name in [name for name in metrics if "/" in name or name in OF_GROUPS]:
-                values = metrics.pop(name)
-                if name in KEPT:
-                    metrics[KEPT[name]] = values
-        super().log(logs, start_time)
-
-
-OF_GROUPS = ("reward_std", "frac_reward_zero_std", "step_time", "num_tokens")
 
 
 def rows_of(batch: Mapping[str, Tensor]) -> Rows:

@@ -13,6 +13,7 @@ from peft import PeftModel, load_peft_weights
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import GRPOConfig
+from trl.trainer.utils import RepeatSampler
 
 from steps.artifact import Facts
 from steps.backbone import Rows, Scorer, load_adapter
@@ -24,6 +25,9 @@ from steps.tracking import Tracker
 from steps.training import arguments
 
 SAMPLES = "samples"
+# Of what TRL reports of answers; the names on the right are the project's.
+RENAMED = {"completions/mean_length": "completion_length", "clip_ratio/region_mean": "clip_fraction"}
+OF_GROUPS = ("reward_std", "frac_reward_zero_std", "step_time", "num_tokens")
 LAST = ("reward", "kl", "entropy", "explained_variance", "completion_length", "ended")
 
 
@@ -49,9 +53,17 @@ class AnswerReward:
         end = self.tokenizer.eos_token_id
         asked = self.tokenizer(list(prompts))["input_ids"]
         whole = [[*ids] if ids and ids[-1] == end else [*ids, end] for ids in completion_ids]
-        rows = Rows.of(asked, whole, self.tokenizer.pad_token_id).to(self.scorer.model.device)
-        self.latest = torch.cat([self.scorer.scores(part) for part in rows.split(self.batch)])
+        pad = self.tokenizer.pad_token_id
+        rows = Rows.of(asked, whole, pad).to(self.scorer.model.device)
+        self.latest = torch.cat([self.scorer.scores(part, pad) for part in rows.split(self.batch)])
         return self.latest.tolist()
+
+
+class PromptSampler(RepeatSampler):
+    """TRL's sampler with an order drawn from (seed, epoch) alone, so that a resumed run repeats it."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed * 1_000_003 + epoch)
 
 
 class OnPolicyTrainer:
@@ -82,9 +94,23 @@ class OnPolicyTrainer:
         """Whether a run resumed at this optimizer step repeats the straight one: between two rollouts it does."""
         return step % self.updates_per_rollout == 0
 
+    def _get_train_sampler(self, dataset=None):
+        rows = self.train_dataset if dataset is None else dataset
+        return PromptSampler(
+            rows,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            seed=self.args.seed,
+        )
+
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self.use_vllm or self.use_transformers_continuous_batching:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        return self._draw(prompt_ids), None
+
+    def _draw(self, prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """A completion of each prompt, as tokens."""
         first = self.rollout * self.args.generation_batch_size + self.accelerator.process_index * len(prompt_ids)
         numbers = uniforms_of(self.args.seed, first, len(prompt_ids), self.max_completion_length)
         training = self.policy.training
@@ -92,7 +118,31 @@ class OnPolicyTrainer:
         pad = self.processing_class.pad_token_id
         drawn = draw_tokens(self.policy, prompt_ids, numbers, self.temperature, self.eos_token_ids, pad)
         self.policy.train(training)
-        return drawn, None
+        return drawn
+
+    def tell(self, inputs: Sequence[Mapping[str, Any]], out: Mapping[str, Any], **more: list) -> None:
+        """Pass on what a rollout came to: a list for each column, `more` besides the usual ones."""
+        if self.on_rollout is None:
+            return
+        counts = out["completion_mask"].sum(1).tolist()
+        tokens = [ids[:count] for ids, count in zip(out["completion_ids"].tolist(), counts, strict=True)]
+        answers = {
+            "prompt": [row["prompt"] for row in inputs],
+            "answer": [self.processing_class.decode(ids, skip_special_tokens=True) for ids in tokens],
+            "reward": self.reward_funcs[0].latest.tolist(),
+            "tokens": counts,
+            "ended": [ids[-1] in self.eos_token_ids for ids in tokens],
+        }
+        self.on_rollout(self, {**answers, **more})
+
+    def log(self, logs, start_time=None):
+        """TRL's log under the project's names."""
+        for metrics in self._metrics.values():
+            for name in [name for name in metrics if "/" in name or name in OF_GROUPS]:
+                values = metrics.pop(name)
+                if name in RENAMED:
+                    metrics[RENAMED[name]] = values
+        super().log(logs, start_time)
 
     def _save(self, output_dir=None, state_dict=None):
         if not self.args.should_save:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ import tiny
 
 COMMAND = [sys.executable, "-m", "flows.cli", "step"]
 PROCESS = ("--set", "launch.launcher=process")
+PPO = ("--set", "policy.method=ppo")
 
 
 def copy_without(finished: Path, to: Path, step: str) -> Path:
@@ -86,6 +88,46 @@ def test_killed_in_training_and_resumed_gives_the_same_bytes(
     assert again.returncode == 0, output
     assert digest(root, step) == digest(finished, step)
     assert not list((root / "var/store").glob("*.partial"))
+
+
+@pytest.fixture(scope="module")
+def straight(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
+    """Digest and seconds of a policy by PPO that nobody disturbed."""
+    root = copy_without(finished, tmp_path_factory.mktemp("straight") / "project", "policy")
+    begun = time.monotonic()
+    output, _ = (running := start(root, "policy", *PPO)).communicate(timeout=240)
+    assert running.returncode == 0, output
+    return digest(root, "policy"), time.monotonic() - begun
+
+
+def killed_and_run_again(finished: Path, root: Path, moment: Callable[[Path], None]) -> str:
+    """Digest of a policy by PPO that was killed at a moment and run again."""
+    copy_without(finished, root, "policy")
+    running = start(root, "policy", *PPO)
+    moment(root)
+    orphans = kill_everything(running) if running.poll() is None else []
+    _, alive = psutil.wait_procs(orphans, timeout=10)
+    assert alive == []
+    output, _ = (again := start(root, "policy", *PPO)).communicate(timeout=240)
+    assert again.returncode == 0, output
+    assert not list((root / "var/store").glob("*.partial"))
+    return digest(root, "policy")
+
+
+def test_ppo_killed_in_a_rollout_ends_with_the_same_bytes(
+    finished: Path, tmp_path: Path, straight: tuple[str, float]
+) -> None:
+    """Step 10 lies in the third rollout of four updates each."""
+    moment = lambda root: wait_for(lambda: training_step(root, "policy") >= 10)  # noqa: E731
+    assert killed_and_run_again(finished, tmp_path / "project", moment) == straight[0]
+
+
+@pytest.mark.every_fault
+@pytest.mark.parametrize("seed", range(20))
+def test_ppo_killed_at_a_random_moment(finished: Path, tmp_path: Path, straight: tuple[str, float], seed: int) -> None:
+    moment = random.Random(seed).uniform(0.5, straight[1])
+    found = killed_and_run_again(finished, tmp_path / "project", lambda root: time.sleep(moment))
+    assert found == straight[0]
 
 
 @pytest.mark.every_fault
