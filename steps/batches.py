@@ -73,6 +73,27 @@ def add(name: str, files: Sequence[Path], root: Path, *, format: str | None = No
     return _add(name, {file: file.name for file in files}, root, format=format)
 
 
+def refresh(name: str, root: Path) -> tuple[versions.DataVersion, list[drift.Finding]]:
+    """Bring a dataset up to date before it is trained on, and hold its valid rows against those of before.
+
+    Returns:
+        the version, and what was compared: nothing where the rows are the same or there were none.
+
+    Raises:
+        DataError: a stage failed.
+        EnvironmentProblem: another process is working on the data.
+    """
+    here = datasets.folder(name, root)
+    with _old_rows(here) as old:
+        version = versions.prepare(name, root)
+        valid = here / "valid.parquet"
+        if old is None or digest_file(old) == digest_file(valid):
+            return version, []
+        from steps.changes import read
+
+        return version, drift.compare(read(old, drift.COLUMNS), read(valid, drift.COLUMNS))
+
+
 def restore(name: str, file: Path, root: Path) -> Addition:
     """Add repaired records as a batch of their own, `repaired-<digest>`, when all of its rows pass validation.
 

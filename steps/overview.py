@@ -239,28 +239,25 @@ class NearRepeats:
 
     def add(self, table: pa.Table, unread: np.ndarray) -> None:
         """Look at the next rows."""
-        words = _words(table)
-        offsets = words.offsets.to_numpy().astype(np.uint64)
-        spelled = words.flatten().dictionary_encode()
-        hashed = pd.util.hash_array(spelled.dictionary.to_numpy(zero_copy_only=False).astype(object), categorize=False)
-        tokens = hashed[spelled.indices.to_numpy()]
-        sketches = RMinHash.digest_matrix_from_flat_token_hashes(tokens, offsets, PERMUTATIONS, 0)
+        tokens, offsets = _tokens(table)
+        sketches = RMinHash.digest_matrix_from_flat_token_hashes(tokens, offsets.astype(np.uint64), PERMUTATIONS, 0)
         bands = np.array(sketches.to_rows(), dtype=np.uint64).reshape(-1, BANDS, PERMUTATIONS // BANDS)
         mixed = _mixed(*bands.transpose(2, 0, 1))
-        mixed[unread | (np.diff(offsets.astype(np.int64)) < SHORTEST)] = 0
+        mixed[unread | (np.diff(offsets) < SHORTEST)] = 0
         self._bands.append(mixed)
 
     def found(self, path: Path) -> dict[int, int]:
         """Row → the first earlier row it nearly repeats."""
         candidates = self._candidates()
         firsts = {first for firsts in candidates.values() for first in firsts}
-        words: dict[int, frozenset[str]] = {}
+        words: dict[int, np.ndarray] = {}
         near: dict[int, int] = {}
         begins = 0
         for table in chunks(path, ANSWERS) if candidates else ():
             rows = [row for row in range(begins, begins + len(table)) if row in candidates or row in firsts]
-            for row, said in zip(rows, _words(table.take([row - begins for row in rows])).to_pylist(), strict=True):
-                its = frozenset(said)
+            tokens, offsets = _tokens(table.take(pa.array([row - begins for row in rows], pa.int64())))
+            for place, row in enumerate(rows):
+                its = np.unique(tokens[offsets[place] : offsets[place + 1]])
                 if row in firsts:
                     words[row] = its
                 like = (first for first in candidates.get(row, ()) if jaccard(its, words[first]) >= NEAR)
@@ -281,16 +278,20 @@ class NearRepeats:
         return {row: sorted(firsts) for row, firsts in found.items()}
 
 
-def _words(table: pa.Table) -> pa.ListArray:
-    """(rows,) the words of each row's answers, in lower case."""
+def _tokens(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens,) uint64 hashes of the words of each row's answers, in lower case, and (rows + 1,) where each begins."""
     sides = (pc.fill_null(table[name], "") for name in ANSWERS)
     said = pc.utf8_trim_whitespace(pc.utf8_lower(pc.binary_join_element_wise(*sides, " ")))
-    return pc.utf8_split_whitespace(said).combine_chunks()
+    words = pc.utf8_split_whitespace(said).combine_chunks()
+    spelled = words.flatten().dictionary_encode()
+    hashed = pd.util.hash_array(spelled.dictionary.to_numpy(zero_copy_only=False).astype(object), categorize=False)
+    return hashed[spelled.indices.to_numpy()], words.offsets.to_numpy().astype(np.int64)
 
 
-def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
-    """Size of the intersection over size of the union."""
-    return len(one & other) / max(len(one | other), 1)
+def jaccard(one: np.ndarray, other: np.ndarray) -> float:
+    """Size of the intersection over size of the union of two sets, each sorted and without repeats."""
+    both = len(np.intersect1d(one, other, assume_unique=True))
+    return both / max(len(one) + len(other) - both, 1)
 
 
 def _evaluation_keys(paths: Iterable[Path]) -> np.ndarray:

@@ -210,9 +210,10 @@ def _demonstrations(rows: pd.DataFrame, pairs: pd.Series, rated: pd.Series, part
     side. Rated answers stand for themselves, whatever their score, unless they were thumbed down.
     """
     ours = part == "demonstrations"
-    elsewhere = rows.loc[rows["kind"].isin(["pair", "rated"]) & ~ours, "prompt"]
     given = (rows["kind"] == "demonstration") & (part != "held_out")
-    given[given] = ~rows.loc[given, "prompt"].isin(elsewhere)
+    if given.any():
+        elsewhere = _text_keys(rows.loc[rows["kind"].isin(["pair", "rated"]) & ~ours, "prompt"].dropna())
+        given[given] = ~np.isin(_text_keys(rows.loc[given, "prompt"]), elsewhere)
     down = rows["score"] == -1
     down[down] = rows.loc[down, "ratings"].map(_length) == 0
     named = [
@@ -278,9 +279,9 @@ def _without_leaks(parts: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     clean = {}
     for name in ("prompts", "gold", "held_out", "train", "demonstrations"):
         keys = [_text_keys(texts) for _, texts in texts_of(parts[name]).items()]
-        leaks = [np.isin(key, seen) for key in keys] or [np.zeros(len(parts[name]), dtype=bool)]
+        leaks = [pd.Series(key).isin(seen).to_numpy() for key in keys] or [np.zeros(len(parts[name]), dtype=bool)]
         clean[name] = parts[name][~np.logical_or.reduce(leaks)]
-        seen = np.unique(np.concatenate([seen, *keys]))
+        seen = np.concatenate([seen, *keys])
     return clean
 
 

@@ -37,7 +37,7 @@ def stopped_in(root: Path, stage: str) -> tuple[subprocess.Popen[str], list[psut
     """`prefloop data add`, waiting in a stage before a table takes its place; it, and all processes below it."""
     batch = tiny.write_rows(tiny_data.rows(10, "more "), root.parent / "more.jsonl")
     table = LAST_TABLE[stage]
-    hook = f"if path.name == '{table}.parquet': path.with_suffix('.waiting').touch(); __import__('time').sleep(60)"
+    hook = f"if path.name == '{table}.parquet': path.with_suffix('.waiting').touch(); __import__('time').sleep(600)"
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.cli", "data", "add", "tiny", str(batch)],
         cwd=root,
@@ -47,7 +47,7 @@ def stopped_in(root: Path, stage: str) -> tuple[subprocess.Popen[str], list[psut
         text=True,
     )
     waiting = root / f"data/tiny/{table}.waiting"
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while not waiting.exists():
         assert process.poll() is None and time.monotonic() < end, process.stdout and process.stdout.read()
         time.sleep(0.02)

@@ -18,7 +18,7 @@ import tiny
 import tiny_data
 from tiny_data import attempt, contents, data, dvc, git, refused, surroundings
 
-from steps import versions
+from steps import batches, versions
 from steps.errors import DataError, EnvironmentProblem
 
 BAD = [
@@ -202,6 +202,17 @@ def test_diff_counts_and_shows_rows(larger: Path) -> None:
     assert "pairs.jsonl line 5" in said and "adores" in said
 
 
+def test_a_source_that_drifted_is_told_before_it_is_trained_on(project: Path) -> None:
+    version, found = batches.refresh("tiny", project)
+    assert (version.tables, found) == (versions.current("tiny", project).tables, [])
+    source = project / "data/tiny/source/pairs.jsonl"
+    records = [json.loads(line) for line in source.read_text().splitlines()]
+    tiny.write_rows([{**record, "chosen": record["chosen"] * 9} for record in records], source)
+    version, found = batches.refresh("tiny", project)
+    assert version.tables == versions.current("tiny", project).tables
+    assert {"answer length", "longer side chosen"} <= {finding.what for finding in found if finding.drifted}
+
+
 # -- restore -----------------------------------------------------------------------------------------------------
 
 
@@ -298,7 +309,7 @@ def test_without_git(project: Path, tmp_path: Path) -> None:
 # -- one writer, many readers ------------------------------------------------------------------------------------
 
 
-def slow_repro(root: Path, table: str, seconds: int = 60) -> subprocess.Popen[str]:
+def slow_repro(root: Path, table: str, seconds: int = 600) -> subprocess.Popen[str]:
     """A `dvc repro` whose stage waits just before it puts a table in its place."""
     (root / "data/tiny/source/later.jsonl").write_text(json.dumps(tiny_data.rows(1, "later ")[0]) + "\n")
     registry = root / "data/datasets.yaml"
@@ -318,7 +329,7 @@ def slow_repro(root: Path, table: str, seconds: int = 60) -> subprocess.Popen[st
     return process
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

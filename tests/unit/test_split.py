@@ -325,6 +325,16 @@ def test_a_prompt_that_is_spelled_otherwise_stays_in_its_part(spell: Callable[[s
         assert where.get(row["prompt"]) == where.get(also["prompt"])
 
 
+def test_a_demonstration_whose_prompt_is_compared_elsewhere_is_left_out_however_it_is_spelled() -> None:
+    pairs = [{"kind": "pair", "prompt": f"p {n}", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(60)]
+    shown = [{"kind": "demonstration", "prompt": f"P  {n}!", "answer": f"shown {n}"} for n in range(60)]
+    tables = split(canonical([*pairs, *shown]), preferences_entry())
+    compared = {prompt.replace(" ", "") for prompt in tables["preferences"]["prompt"]}
+    demonstrated = {prompt.lower().replace(" ", "").strip("!") for prompt in tables["demonstrations"]["prompt"]}
+    assert compared and demonstrated
+    assert not compared & demonstrated
+
+
 def test_an_answer_that_is_spelled_otherwise_stands_in_one_part() -> None:
     told = [
         {"kind": "pair", "prompt": f"p{n}", "chosen": f"yes {n % 30}", "rejected": f"NO {n % 30}!"} for n in range(120)

@@ -58,14 +58,23 @@ def test_quarantine_keeps_text_line_and_every_reason(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 7])
 def test_the_size_of_a_chunk_changes_nothing(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = {"prompt": "Long?", "chosen": " ".join(f"word{n}" for n in range(40)), "rejected": "no"}
     files = jsonl(
-        *pairs(8), CONTROL, PERSONAL, pairs()[2], BROKEN, {**pairs()[5], "chosen": "Bad 5 so", "rejected": "Good 5 yes"}
+        long,
+        *pairs(8),
+        {**long, "rejected": "nay"},
+        CONTROL,
+        PERSONAL,
+        pairs()[2],
+        BROKEN,
+        {**pairs()[5], "chosen": "Bad 5 so", "rejected": "Good 5 yes"},
     )
     whole = tiny.validated(files, tmp_path / "whole", rules={"checks": {"quarantined": "off"}})
     for module in (rows, validate, __import__("steps.ingest").ingest, __import__("steps.overview").overview):
         monkeypatch.setattr(module, "CHUNK", chunk)
     parts = tiny.validated(files, tmp_path / "parts", rules={"checks": {"quarantined": "off"}})
     assert len(whole[1]) == 5
+    assert whole[2]["checks"]["near_repeat"]["rows"] == 1
     assert parts == whole
 
 
