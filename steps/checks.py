@@ -315,7 +315,7 @@ CHECKS: dict[str, Check] = {
         _of_all("near_repeats", lambda all, row, first: f"nearly repeats {all.place(first)}"),
     ),
     "both_labels": Check(
-        "the same two answers, each preferred once; an answer with both thumbs",
+        "the same two answers, each preferred once",
         "quarantine",
         _of_all("contradictions", lambda all, row, other: f"{all.place(other)} says the opposite"),
     ),
