@@ -32,6 +32,7 @@ class FrozenLayers:
     def __init__(self, decoder: nn.Module, depth: int, limit: int = LIMIT) -> None:
         self.depth, self.limit, self.size = depth, limit, 0
         self.kept: dict[bytes, torch.Tensor] = {}  # by the row's tokens: (length, hidden)
+        self.lasting: dict[bytes, torch.Tensor] = {}
         self.hits = 0
         self._rows: list[bytes] | None = None  # of the forward under way; None where nothing can be remembered
         self._known: torch.Tensor | None = None  # (rows, length, hidden), when every row is remembered
@@ -39,10 +40,14 @@ class FrozenLayers:
         for place, layer in enumerate(decoder.layers[:depth]):
             layer.forward = functools.partial(self._layer, place, layer.forward)
 
+    def keep(self) -> None:
+        """Never forget the rows that are remembered now."""
+        self.lasting = dict(self.kept)
+
     def forget(self) -> None:
-        """Begin anew: rows that will not come again make room."""
-        self.kept.clear()
-        self.size = 0
+        """Let go of rows that will not come again."""
+        self.kept = dict(self.lasting)
+        self.size = sum(states.numel() * states.element_size() for states in self.kept.values())
 
     def _look_up(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         ids, mask = args[0] if len(args) == 1 else kwargs.get("input_ids"), kwargs.get("attention_mask")

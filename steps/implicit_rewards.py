@@ -28,6 +28,8 @@ class HeldOut:
         self, pairs: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, reference: LogProbs, batch: int = 32
     ) -> None:
         self.tokenizer, self.batch = tokenizer, batch
+        lengths = pairs[["chosen", "rejected"]].map(len).max(axis=1) + pairs["prompt"].map(len)
+        pairs = pairs.loc[lengths.sort_values(kind="stable").index]  # little padding; no mean depends on the order
         self.sides = {side: self._rows(pairs["prompt"], pairs[side]) for side in ("chosen", "rejected")}
         self.reference = {side: self._likelihoods(rows, reference) for side, rows in self.sides.items()}
 

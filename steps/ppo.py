@@ -73,6 +73,7 @@ def tune_policy(
     answer_reward = AnswerReward(models.reward, tokenizer, args.per_device_train_batch_size)
     moments = start_moments(ppo, args, models.policy, answer_reward, tokenizer, prompts, tracker)
     begin_critic(models.critic, ppo, moments)
+    memories = remembered(models)
     with labelled_lm_head(grpo_trainer, entropy_gradient=ppo.entropy_coefficient > 0):
         trainer = PPOTrainer(
             models.policy,
@@ -82,12 +83,14 @@ def tune_policy(
             moments=moments,
             reference=models.reference,
             demonstrations=tokenised(demonstrations, tokenizer) if ppo.ptx_coefficient else None,
-            memories=remembered(models),
+            memories=memories,
             args=args,
             train_dataset=prompt_rows(prompts),
             processing_class=tokenizer,
         )
     held_out = HeldOut(held_out_pairs(preferences, ppo.held_out), tokenizer, trainer.reference_log_probs)
+    for memory in memories:
+        memory.keep()
     trainer.on_rollout = Notes(ppo, held_out, ppo.kl.coefficient, tracker)
     run_trainer(trainer, tracker)
     measured = held_out.measure(trainer.policy, ppo.kl.coefficient)

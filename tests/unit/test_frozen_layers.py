@@ -183,3 +183,18 @@ def test_a_model_that_has_no_layers_by_that_name_is_left_alone() -> None:
 def test_the_frozen_depth_is_what_lies_below_the_lowest_adapter(base: Path, top: int | None, depth: int) -> None:
     config = lora_config(LORA.model_copy(update={"top_layers": top}), base, "CAUSAL_LM")
     assert frozen_depth(config, AutoModelForCausalLM.from_pretrained(base).config.num_hidden_layers) == depth
+
+
+def test_what_is_kept_is_not_forgotten(base: Path) -> None:
+    model = adapted(base)
+    memory = remember_frozen_layers(model, 1)
+    forward(model, rows())
+    memory.keep()
+    kept, size = dict(memory.kept), memory.size
+    forward(model, rows(seed=1))
+    assert len(memory.kept) == 8
+    memory.forget()
+    assert memory.kept == kept
+    assert memory.size == size
+    forward(model, rows())
+    assert memory.hits == 4
