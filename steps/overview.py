@@ -25,7 +25,7 @@ from steps.sources import File
 from steps.statistics import wilson
 
 ANSWERS = ["chosen", "rejected", "answer"]
-COLUMNS = ["kind", *TEXTS, "turns", "tie", "margin", "score", "ratings", "annotator", "problem", *PLACE]
+COLUMNS = ["kind", *TEXTS, "tie", "margin", "score", "ratings", "annotator", "problem", *PLACE]
 PERMUTATIONS, BANDS = 64, 8
 NEAR = 0.9  # Jaccard similarity of their words from which two rows nearly repeat each other
 TRANSCRIPT = re.compile(r"\s*Human:(.*?)(?:\n\nAssistant:|$)", re.DOTALL)
@@ -77,29 +77,14 @@ def look_over(path: Path, evaluation_sets: Sequence[Path] = (), *, near: bool = 
     parts: list[dict[str, np.ndarray]] = []
     places: list[pd.DataFrame] = []
     near_repeats = NearRepeats() if near else None
-    letters = latin = 0
-    for table in chunks(path, COLUMNS):
-        part = {name: hashes(table[name]) for name in TEXTS}
-        sizes = {name: pc.fill_null(pc.utf8_length(table[name]), 0).to_numpy(zero_copy_only=False) for name in TEXTS}
-        part |= {f"{name}_length": sizes[name] for name in ("chosen", "rejected", "answer", "prompt")}
-        part["kind"] = pc.fill_null(table["kind"], "").to_numpy(zero_copy_only=False)
-        part["tie"] = pc.fill_null(table["tie"], False).to_numpy(zero_copy_only=False)
-        part["unread"] = pc.is_valid(table["problem"]).to_numpy(zero_copy_only=False)
-        part["score"] = table["score"].to_numpy(zero_copy_only=False).astype(float)
-        part["alone"] = pc.is_null(table["ratings"]).to_numpy(zero_copy_only=False)
-        part["annotator"] = hashes(table["annotator"])
+    letters = np.zeros(2)
+    for table in chunks(path, [*COLUMNS, "turns"] if evaluation_sets else COLUMNS):
+        part = _numbers(table)
         if evaluation_sets:
             part["opening"] = hashes(_openings(table["turns"]))
         parts.append(part)
-        places.append(
-            table.select(list(PLACE)).to_pandas(types_mapper=None).astype({"source": "category", "file": "category"})
-        )
-        for name in TEXTS:
-            plain = pc.fill_null(pc.string_is_ascii(table[name]), True)
-            ascii_letters = int(sizes[name][plain.to_numpy(zero_copy_only=False)].sum())
-            other = table[name].filter(pc.invert(plain))
-            letters += ascii_letters + (pc.sum(pc.count_substring_regex(other, r"\pL")).as_py() or 0)
-            latin += ascii_letters + (pc.sum(pc.count_substring_regex(other, r"\p{Latin}")).as_py() or 0)
+        places.append(table.select(list(PLACE)).to_pandas().astype({"source": "category", "file": "category"}))
+        letters += _letters(table)
         if near_repeats is not None:
             near_repeats.add(table, part["unread"])
     everything = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
@@ -112,7 +97,7 @@ def look_over(path: Path, evaluation_sets: Sequence[Path] = (), *, near: bool = 
         np.maximum(everything["chosen_length"], everything["rejected_length"]), everything["answer_length"]
     )
     overview = Overview(keys, everything["prompt_length"] + longer, place)
-    overview.latin_share = latin / letters if letters else 1.0
+    overview.latin_share = letters[1] / letters[0] if letters[0] else 1.0
     overview.repeats = _repeats(everything)
     record = place["file"].cat.codes.to_numpy().astype(np.int64) * 2**40 + place["line"].to_numpy()
     overview.near_repeats = {  # answers of one record are compared with each other, and may be alike
@@ -125,6 +110,31 @@ def look_over(path: Path, evaluation_sets: Sequence[Path] = (), *, near: bool = 
     overview.evaluation_keys = _evaluation_keys(evaluation_sets)
     overview.statistics = _statistics(everything, place)
     return overview
+
+
+def _numbers(table: pa.Table) -> dict[str, np.ndarray]:
+    """What is kept of each row: hashes and lengths of its texts, and what it says of them."""
+    flags = {
+        "tie": pc.fill_null(table["tie"], False),
+        "unread": pc.is_valid(table["problem"]),
+        "alone": pc.is_null(table["ratings"]),
+        "kind": pc.fill_null(table["kind"], ""),
+    }
+    lengths = {f"{name}_length": pc.fill_null(pc.utf8_length(table[name]), 0) for name in TEXTS}
+    numbers = {name: column.to_numpy(zero_copy_only=False) for name, column in (flags | lengths).items()}
+    numbers |= {name: hashes(table[name]) for name in (*TEXTS, "annotator")}
+    return numbers | {"score": table["score"].to_numpy(zero_copy_only=False).astype(float)}
+
+
+def _letters(table: pa.Table) -> np.ndarray:
+    """(2,) how many letters the texts have, and how many of them are Latin; texts of ASCII count whole."""
+    letters = np.zeros(2)
+    for name in TEXTS:
+        plain = pc.fill_null(pc.string_is_ascii(table[name]), True)
+        letters += pc.sum(pc.utf8_length(table[name].filter(plain))).as_py() or 0
+        other = table[name].filter(pc.invert(plain))
+        letters += [pc.sum(pc.count_substring_regex(other, rf"\p{{{kind}}}")).as_py() or 0 for kind in ("L", "Latin")]
+    return letters
 
 
 def _stacked(places: list[pd.DataFrame]) -> pd.DataFrame:

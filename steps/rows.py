@@ -76,8 +76,11 @@ def normalised(texts: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def hashes(texts: pa.ChunkedArray) -> np.ndarray:
     """(n,) uint64: a hash of each normalised text, 0 where there is none."""
+    import numpy as np
     import pandas as pd
 
+    if texts.null_count == len(texts):
+        return np.zeros(len(texts), dtype=np.uint64)
     plain = normalised(texts)
     found = pd.util.hash_array(pc.fill_null(plain, "").to_numpy(zero_copy_only=False).astype(object), categorize=False)
     found[pc.fill_null(pc.equal(plain, ""), True).to_numpy(zero_copy_only=False)] = 0
