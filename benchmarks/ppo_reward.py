@@ -18,19 +18,20 @@ from steps.config import PPO
 
 LAST = 10  # rollouts that are averaged
 PPO_OF_THE_TOY = PPO(
-    rollouts=80,
-    kl={"coefficient": 0.02},
+    rollouts=100,
+    kl={"coefficient": 0.035},
+    lam=1.0,
     normalise_reward=0,
     value_clip=None,
-    critic_learning_rate=3e-3,
+    critic_learning_rate=2e-3,
     trainer={
         **TOY,
-        "per_device_train_batch_size": 32,
+        "per_device_train_batch_size": 128,
         "steps_per_generation": 2,
-        "num_iterations": 2,
+        "num_iterations": 3,
         "max_completion_length": 12,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
+        "learning_rate": 5e-4,
+        "lr_scheduler_type": "linear",
     },
 )
 

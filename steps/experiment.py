@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from steps import code, datasets, pipeline, registry, report, tracking, versions
+from steps import batches, code, data_report, datasets, pipeline, registry, report, tracking, versions
 from steps.artifact import CHART, MANIFEST
 from steps.base import locate
 from steps.config import Recipe
@@ -37,6 +37,8 @@ HEADLINES: dict[str, tuple[str, ...]] = {
         "eval_rewards/rejected",
         "eval_rewards/margins",
         "eval_rewards/accuracies",
+        "reward",
+        "kl",
     ),
     "evaluate": (
         "win_rate",
@@ -121,15 +123,16 @@ class Experiment:
         started = time.monotonic()
         self.known["source"] = locate(self.recipe.model.base, self.recipe.model.revision, self.root)
         with self.console.status("data      ingest → validate → split"), ThreadPoolExecutor(1) as pool:
-            preparing = pool.submit(versions.prepare, self.recipe.data.name, self.root)
+            preparing = pool.submit(batches.refresh, self.recipe.data.name, self.root)
             self._import_ahead()
-            self.data = preparing.result()
+            self.data, drifted = preparing.result()
         self.known |= {f"data/{name}": table for name, table in self.data.tables.items()}
         self.data_seconds = time.monotonic() - started
         tags = {
             "data": self.data.name,
             "data_digest": self.data.digest,
             "data_revision": self.data.revision or "no git",
+            "data_drift": ", ".join(finding.what for finding in drifted if finding.drifted) or "none",
         }
         tracking.append(self.folder, "tags", values=tags)
         tracking.append(self.folder, "inputs", datasets=self._datasets(pipeline.TABLES))
@@ -139,6 +142,8 @@ class Experiment:
             tracking.append(self.folder, "artifact", path=page.name)
         self._forward(self.folder)
         self._say("data", "checked", self.data_seconds, report.headline("data", self.data.counts))
+        if any(finding.drifted for finding in drifted):
+            data_report.print_drift(self.console, drifted, "the data", "those of the version before")
         return self.data
 
     def _import_ahead(self) -> None:

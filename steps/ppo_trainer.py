@@ -194,7 +194,8 @@ class PPOTrainer(OnPolicyTrainer, GRPOTrainer):
         policy_loss = torch.zeros(())
         if self.rollout >= self.ppo.critic_warmup and not self._moved_too_far:
             policy_loss = self._policy_loss(rows, inputs, mask, per_update)
-            self.accelerator.backward(policy_loss)
+            if not self._moved_too_far:
+                self.accelerator.backward(policy_loss)
         with self.accelerator.autocast():
             values = self.critic.values(rows)
         losses = clipped_value_loss(values, inputs["values"], inputs["returns"], self.ppo.value_clip)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pandas as pd
+import tiny
+from rich.console import Console
+
+from steps.config import load
+from steps.experiment import Experiment
 
 
 def manifests(root: Path) -> dict[str, dict]:
@@ -38,3 +44,17 @@ def test_both_models_answer_the_same_prompts(finished: Path) -> None:
     assert len(table) == 16
     assert table["prompt"].is_unique
     assert {"start", "policy", "start_gold", "policy_gold"} <= set(table)
+
+
+def test_data_that_drifted_is_told_before_anything_is_trained(project: Path) -> None:
+    recipe, told = load(project / "recipes/tiny.yaml"), io.StringIO()
+    Experiment(recipe, project, Console(quiet=True)).prepare_data()
+    source = project / "data/tiny/source/pairs.jsonl"
+    longer = [{**row, "chosen": row["chosen"] + " and more" * 9} for row in tiny.preference_rows(150, seed=5)]
+    tiny.write_rows([*tiny.preference_rows(), *longer], source)
+    experiment = Experiment(recipe, project, Console(file=told, width=100))
+    experiment.prepare_data()
+    assert "the data do not look like those of the version before" in told.getvalue()
+    assert "answer length" in told.getvalue()
+    tags = [json.loads(line) for line in (experiment.folder / "journal.jsonl").read_text().splitlines()]
+    assert any("answer length" in entry.get("values", {}).get("data_drift", "") for entry in tags)
