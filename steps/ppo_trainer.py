@@ -123,7 +123,10 @@ class PPOTrainer(OnPolicyTrainer, GRPOTrainer):
         out = super()._generate_and_score_completions(inputs)
         rows, batch = rows_of(out), self.args.per_device_train_batch_size
         mask = rows.completion_mask.float()
-        old = out["old_per_token_logps"] = torch.cat([self._log_probs(part) for part in rows.split(batch)]) * mask
+        old = out.get("old_per_token_logps")  # TRL leaves it out where every rollout is used for one update
+        if old is None:
+            old = torch.cat([self._log_probs(part) for part in rows.split(batch)])
+        old = out["old_per_token_logps"] = old * mask
         reference = torch.cat([self.reference_log_probs(part) for part in rows.split(batch)]) * mask
         with self.accelerator.autocast():
             values = torch.cat([self.critic.values(part) for part in rows.split(batch)])
