@@ -36,3 +36,6 @@ bench: setup
 	$(BIN)/python -m benchmarks.lm_head
 	$(BIN)/python -m benchmarks.frozen_layers
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.ppo_optimum
+	$(BIN)/python -m benchmarks.ppo_reward
+	$(BIN)/python -m benchmarks.ppo_cost
