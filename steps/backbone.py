@@ -15,7 +15,9 @@ import torch
 from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REFERENCE, REWARD, CRITIC = "reference", "reward", "critic"  # names of adapters beside the policy's, `default`
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,15 @@ class Rows:
         tail = values.shape[2:]
         found = values.gather(1, place.reshape(*place.shape, *(1 for _ in tail)).expand(*place.shape, *tail))
         return found * inside.reshape(*inside.shape, *(1 for _ in tail)).to(values.dtype)
+
+
+def answer_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and answers as tokens, the latter with their end."""
+    asked = tokenizer(list(prompts))["input_ids"]
+    whole = tokenizer([p + a for p, a in zip(prompts, answers, strict=True)])["input_ids"]
+    return asked, [[*ids[len(p) :], tokenizer.eos_token_id] for p, ids in zip(asked, whole, strict=True)]
 
 
 def token_log_probs(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, Tensor | None]:

@@ -10,25 +10,21 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer import grpo_trainer, rloo_trainer
 
 from steps.artifact import Facts
-from steps.backbone import Scorer, active, add_adapter, linear_head, token_log_probs
+from steps.backbone import REFERENCE, REWARD, Scorer, active, add_adapter, linear_head, token_log_probs
 from steps.config import GRPO, RLOO
 from steps.implicit_rewards import HeldOut
 from steps.lm_head import labelled_lm_head
-from steps.models import ADAPTER, load_policy, load_tokenizer, save_adapter, score_head
+from steps.models import ADAPTER, load_policy, load_tokenizer, score_head
 from steps.pairs import held_out_pairs
-from steps.ppo import REWARD
-from steps.ppo_trainer import REFERENCE
 from steps.rollouts import (
     AnswerReward,
-    Notes,
     OnPolicyTrainer,
+    learn,
     prompt_rows,
     prompts_of,
     rollout_arguments,
-    rollout_facts,
 )
 from steps.tracking import Tracker
-from steps.training import run_trainer
 
 BETA = 0.05  # KL coefficient where the recipe names none; TRL's GRPO has no penalty unless asked for one
 
@@ -118,9 +114,4 @@ def tune_policy(
             return token_log_probs(model, rows)[0]
 
     held_out = HeldOut(held_out_pairs(preferences, config.held_out), tokenizer, reference)
-    trainer.on_rollout = Notes(config, held_out, args.beta or 1.0, tracker)
-    run_trainer(trainer, tracker)
-    measured = held_out.measure(model, args.beta or 1.0)
-    tracker.metrics(measured, trainer.state.global_step)
-    save_adapter(model, base, out)
-    return rollout_facts(method, trainer, measured)
+    return learn(method, trainer, config, held_out, args.beta or 1.0, base, out, tracker)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steps.backbone import Rows, token_log_probs
+from steps.backbone import Rows, answer_tokens, token_log_probs
 from steps.statistics import pair_accuracy
 
 LogProbs = Callable[[Rows], Tensor]
@@ -34,10 +34,8 @@ class HeldOut:
         self.reference = {side: self._likelihoods(rows, reference) for side, rows in self.sides.items()}
 
     def _rows(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Rows]:
-        asked = self.tokenizer(list(prompts))["input_ids"]
-        whole = self.tokenizer([p + a for p, a in zip(prompts, answers, strict=True)])["input_ids"]
-        end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        said = [[*ids[len(prompt) :], end] for prompt, ids in zip(asked, whole, strict=True)]
+        asked, said = answer_tokens(self.tokenizer, prompts, answers)
+        pad = self.tokenizer.pad_token_id
         firsts = range(0, len(asked), self.batch)
         return [Rows.of(asked[i : i + self.batch], said[i : i + self.batch], pad) for i in firsts]
 

@@ -12,20 +12,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer import grpo_trainer
 
 from steps.artifact import Facts
-from steps.backbone import Scorer, add_adapter, linear_head
+from steps.backbone import CRITIC, REFERENCE, REWARD, Scorer, add_adapter, answer_tokens, linear_head
 from steps.config import PPO
 from steps.frozen_layers import FrozenLayers, remember_frozen_layers
 from steps.implicit_rewards import HeldOut
 from steps.lm_head import add_labelled_lm_head, labelled_lm_head
-from steps.models import ADAPTER, frozen_depth, load_policy, load_reward_model, load_tokenizer, save_adapter, score_head
+from steps.models import ADAPTER, frozen_depth, load_policy, load_reward_model, load_tokenizer, score_head
 from steps.pairs import held_out_pairs
-from steps.ppo_trainer import REFERENCE, Moments, PPOConfig, PPOTrainer
-from steps.rollouts import AnswerReward, Notes, prompt_rows, prompts_of, rollout_arguments, rollout_facts
+from steps.ppo_trainer import Moments, PPOConfig, PPOTrainer
+from steps.rollouts import AnswerReward, learn, prompt_rows, prompts_of, rollout_arguments
 from steps.sampling import draw_tokens, uniforms_of
 from steps.tracking import Tracker
-from steps.training import run_trainer
-
-REWARD, CRITIC = "reward", "critic"  # the adapters' names
 
 
 @dataclass(frozen=True)
@@ -91,13 +88,8 @@ def tune_policy(
     held_out = HeldOut(held_out_pairs(preferences, ppo.held_out), tokenizer, trainer.reference_log_probs)
     for memory in memories:
         memory.keep()
-    trainer.on_rollout = Notes(ppo, held_out, ppo.kl.coefficient, tracker)
-    run_trainer(trainer, tracker)
-    measured = held_out.measure(trainer.policy, ppo.kl.coefficient)
-    tracker.metrics(measured, trainer.state.global_step)
-    save_adapter(trainer.policy, base, out)
-    scale = {"reward_mean": moments.mean, "reward_deviation": moments.deviation}
-    return {**rollout_facts("ppo", trainer, measured), **scale}
+    facts = learn("ppo", trainer, ppo, held_out, ppo.kl.coefficient, base, out, tracker)
+    return {**facts, "reward_mean": moments.mean, "reward_deviation": moments.deviation}
 
 
 def load_models(ppo: PPO, dtype: str, base: Path, sft: Path, reward: Path) -> Models:
@@ -175,6 +167,4 @@ def remembered(models: Models) -> list[FrozenLayers]:
 def tokenised(demonstrations: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and completions as tokens, the latter with their end."""
     rows = pd.read_parquet(demonstrations, columns=["prompt", "completion"])
-    prompts = tokenizer(list(rows["prompt"]))["input_ids"]
-    whole = tokenizer(list(rows["prompt"] + rows["completion"]))["input_ids"]
-    return prompts, [[*ids[len(p) :], tokenizer.eos_token_id] for p, ids in zip(prompts, whole, strict=True)]
+    return answer_tokens(tokenizer, list(rows["prompt"]), list(rows["completion"]))

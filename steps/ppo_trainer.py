@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 from steps.advantages import KLController, explained_variance, gae, masked_mean, token_rewards, whiten
-from steps.backbone import Rows, Scorer, active, token_log_probs
+from steps.backbone import REFERENCE, Rows, Scorer, active, token_log_probs
 from steps.config import PPO
 from steps.errors import StepFailed
 from steps.frozen_layers import FrozenLayers
@@ -30,7 +30,6 @@ from steps.losses import clipped, clipped_policy_loss, clipped_value_loss, k3
 from steps.rollouts import AnswerReward, OnPolicyTrainer
 from steps.training import CHECKPOINT_FILES
 
-REFERENCE = "reference"  # the adapter's name
 CRITIC_FILE, STATE_FILE = "critic.safetensors", "ppo.json"
 
 

@@ -20,9 +20,10 @@ from steps.backbone import Rows, Scorer, load_adapter
 from steps.config import GRPO, PPO, RLOO, OnPolicy
 from steps.errors import DataError, StepFailed
 from steps.implicit_rewards import HeldOut
+from steps.models import save_adapter
 from steps.sampling import draw_tokens, uniforms_of
 from steps.tracking import Tracker
-from steps.training import arguments
+from steps.training import arguments, run_trainer
 
 SAMPLES = "samples"
 # Of what TRL reports of answers; the names on the right are the project's.
@@ -245,3 +246,26 @@ class Notes:
             self.tracker.table(SAMPLES, step, answers)
         if number and number % self.config.measure_every == 0:
             self.tracker.metrics(self.held_out.measure(trainer.policy, self.beta), step)
+
+
+def learn(
+    method: str,
+    trainer: Any,
+    config: OnPolicy,
+    held_out: HeldOut,
+    beta: float,
+    base: Path,
+    out: Path,
+    tracker: Tracker,
+) -> Facts:
+    """Train to the end with notes on the way, measure, and leave the adapter in `out`.
+
+    Args:
+        beta: of the implicit rewards.
+    """
+    trainer.on_rollout = Notes(config, held_out, beta, tracker)
+    run_trainer(trainer, tracker)
+    measured = held_out.measure(trainer.policy, beta)
+    tracker.metrics(measured, trainer.state.global_step)
+    save_adapter(trainer.policy, base, out)
+    return rollout_facts(method, trainer, measured)
