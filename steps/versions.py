@@ -205,13 +205,17 @@ def _end_orphans(root: Path) -> None:
             if "-m" not in (command := process.cmdline()) or not any(f"steps.{stage}" in command for stage in STAGES):
                 continue
             ours = process.environ().get("DVC_ROOT") == str(root.resolve())
-            if ours and not any(_is_dvc(parent.cmdline()) for parent in process.parents()):
+            if ours and not any(map(_is_dvc, process.parents())):
                 process.kill()
                 process.wait(10)
 
 
-def _is_dvc(command: list[str]) -> bool:
-    return any(Path(part).name == "dvc" for part in command)
+def _is_dvc(process: Any) -> bool:
+    import psutil
+
+    with suppress(psutil.Error):  # a process that is gone, or dead and not yet taken note of, waits for nobody
+        return any(Path(part).name == "dvc" for part in process.cmdline())
+    return False
 
 
 def _is_lock(path: Path) -> bool:
@@ -437,12 +441,14 @@ def _dvc(arguments: list[str], root: Path) -> subprocess.CompletedProcess[str]:
     ):
         # Files, for a pipe stays open as long as any stage does, also when DVC is dead.
         command = [sys.executable, "-m", "dvc", *arguments]
-        ended = False
+        child = subprocess.Popen(command, cwd=root, env=environment, stdout=said, stderr=problems)
         try:
-            status = subprocess.run(command, cwd=root, env=environment, stdout=said, stderr=problems).returncode
-            ended = status >= 0
+            status = child.wait()
         finally:
-            if not ended:
+            if child.returncode is None:
+                child.kill()
+                child.wait()  # `subprocess.run` does not wait after Ctrl-C, and then its stages are no orphans yet
+            if child.returncode < 0:
                 _end_orphans(root)
         said.seek(0)
         problems.seek(0)
