@@ -1,13 +1,20 @@
-"""Statistics of comparisons. Pure functions; every one names its source."""
+"""Statistics of comparisons. Pure functions; every one names its source.
+
+A preference is a verdict on one prompt as seen by the model under test: 1 won, 0 lost, ½ a tie, and anything between
+where a judge gives a probability.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
-from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.multitest import multipletests
+
+from steps.intervals import Numbers, checked_preferences, cluster_interval, numbered, wilson
 
 
 @dataclass(frozen=True)
@@ -34,25 +41,34 @@ class WinRate:
         return self.wins + self.ties + self.losses
 
 
-def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927, J. Am. Stat. Assoc. 22, p. 209).
+@dataclass(frozen=True)
+class PooledRate:
+    """A win rate over several seeds of the same comparison.
 
-    Args:
-        successes: may be fractional, with ties counted ½.
-        n: number of trials, at least 1.
-
-    Returns:
-        lower and upper bound, inside [0, 1].
+    Attributes:
+        rate: mean over the prompts of the seeds that ended.
+        low, high: of the rate, by prompt (`cluster_interval`). They tell what other prompts would do, with these very
+            seeds; what another seed would do shows in `spread`.
+        seeds: all that were started.
+        failed: seeds without a result. They are in no rate, and never among `better`.
+        better: seeds whose own rate is above ½.
+        spread: sample standard deviation of the seeds' rates; NaN below two.
+        by_seed: each seed's rate, NaN where it failed.
     """
-    if n < 1:
-        raise ValueError("an interval needs at least one trial")
-    low, high = proportion_confint(successes, n, alpha=1 - confidence, method="wilson")
-    return float(low), float(high)
+
+    rate: float
+    low: float
+    high: float
+    seeds: int
+    failed: int
+    better: int
+    spread: float
+    by_seed: dict[Hashable, float]
 
 
 def win_rate(
-    scores: Sequence[float] | np.ndarray,
-    against: Sequence[float] | np.ndarray,
+    scores: Numbers,
+    against: Numbers,
     confidence: float = 0.95,
     tie_width: float = 1e-9,
 ) -> WinRate:
@@ -73,12 +89,27 @@ def win_rate(
     ties = len(difference) - wins - losses
     successes = wins + ties / 2
     low, high = wilson(successes, len(difference), confidence)
-    decided = wins + losses
-    p_value = float(stats.binomtest(wins, decided).pvalue) if decided else 1.0
-    return WinRate(wins, ties, losses, successes / len(difference), low, high, p_value)
+    return WinRate(wins, ties, losses, successes / len(difference), low, high, sign_test(wins, losses))
 
 
-def pair_accuracy(chosen: Sequence[float] | np.ndarray, rejected: Sequence[float] | np.ndarray) -> float:
+def win_rate_by(groups: Sequence[Hashable], preferences: Numbers, confidence: float = 0.95) -> dict[Hashable, WinRate]:
+    """A win rate for each topic, source or other label, in the order of first appearance.
+
+    Args:
+        groups: (n,) the label of each prompt.
+        preferences: (n,); above ½ is a win, below it a loss.
+    """
+    verdicts = checked_preferences(preferences)
+    if len(groups) != len(verdicts):
+        raise ValueError(f"{len(groups)} labels for {len(verdicts)} preferences")
+    codes, labels = numbered(groups)
+    halves = np.full(len(verdicts), 0.5)
+    return {
+        label: win_rate(verdicts[codes == code], halves[codes == code], confidence) for code, label in enumerate(labels)
+    }
+
+
+def pair_accuracy(chosen: Numbers, rejected: Numbers) -> float:
     """Share of pairs whose chosen side scores higher, a tie counted ½.
 
     Args:
@@ -88,10 +119,126 @@ def pair_accuracy(chosen: Sequence[float] | np.ndarray, rejected: Sequence[float
     return float(((difference > 0) + 0.5 * (difference == 0)).mean())
 
 
+def published_preferences(raw: Sequence[float | None] | np.ndarray) -> np.ndarray:
+    """(m,) preferences for the model under test from AlpacaEval's coding of verdicts.
+
+    There 1 is a win of the baseline, 2 one of the model, 1.5 or the older 0 a tie, anything between a probability, and
+    NaN or None a verdict that could not be read; such rows are dropped (github.com/tatsu-lab/alpaca_eval, README).
+
+    Args:
+        raw: (n,).
+
+    Raises:
+        ValueError: a verdict that is neither 0 nor in [1, 2].
+    """
+    verdicts = np.array(raw, float).ravel()
+    verdicts = verdicts[~np.isnan(verdicts)]
+    verdicts[verdicts == 0] = 1.5
+    strange = verdicts[(verdicts < 1) | (verdicts > 2)]
+    if len(strange):
+        raise ValueError(f"published verdicts are 0 or lie in [1, 2], found {strange[0]:g}")
+    return verdicts - 1
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Exact two-sided p-value of wins against losses at ½; 1 where there is neither (Dixon & Mood 1946, JASA 41)."""
+    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def holm(p_values: Numbers) -> np.ndarray:
+    """Adjusted p-values, in the order given: those ≤ α may be called significant with family-wise error α (Holm 1979,
+    Scand. J. Stat. 6, p. 65)."""
+    given = np.asarray(p_values, float)
+    if given.ndim != 1 or not ((given >= 0) & (given <= 1)).all():
+        raise ValueError("p-values are a list of numbers in [0, 1]")
+    return multipletests(given, method="holm")[1] if len(given) else given
+
+
+def pooled(
+    by_seed: Mapping[Hashable, Numbers | None],
+    prompts: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+) -> PooledRate:
+    """One win rate from several seeds that answered the same prompts.
+
+    Args:
+        by_seed: for each seed its (n,) preferences in the order of the prompts, or None if it failed.
+        prompts: (n,) what the prompts are, where one comes up more than once.
+
+    Raises:
+        ValueError: seeds with different numbers of preferences, or all failed.
+    """
+    ended = {seed: checked_preferences(found) for seed, found in by_seed.items() if found is not None}
+    if not ended:
+        raise ValueError("no seed has a result")
+    counts = {len(found) for found in ended.values()}
+    if len(counts) > 1:
+        raise ValueError(f"seeds have different numbers of preferences: {sorted(counts)}")
+    ids = list(range(counts.pop())) if prompts is None else list(prompts)
+    rates = {seed: float(ended[seed].mean()) if seed in ended else math.nan for seed in by_seed}
+    known = [rates[seed] for seed in ended]
+    together = np.concatenate(list(ended.values()))
+    low, high = cluster_interval(together, ids * len(ended), confidence)
+    return PooledRate(
+        rate=float(together.mean()),
+        low=low,
+        high=high,
+        seeds=len(by_seed),
+        failed=len(by_seed) - len(ended),
+        better=sum(rate > 0.5 for rate in known),
+        spread=float(np.std(known, ddof=1)) if len(known) > 1 else math.nan,
+        by_seed=rates,
+    )
+
+
+def best_of_n_kl(n: int) -> float:
+    """Nats from a model to the best of n of its answers, at most: ln n − (n − 1) / n.
+
+    Stiennon et al. 2020, arXiv:2009.01325, appendix G.3; that it is an upper bound, reached where no answer comes
+    twice: Beirami et al. 2024, arXiv:2401.01879.
+    """
+    if n < 1:
+        raise ValueError("best of n needs n of at least 1")
+    return math.log(n) - (n - 1) / n
+
+
 def distinct(texts: Sequence[str], n: int) -> float:
     """Distinct-n (Li et al. 2016, arXiv:1510.03055, §5.2): different n-grams over all n-grams, words by spaces.
 
     Near 0 when a model says the same thing to everybody.
     """
-    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    grams = [gram for text in texts for gram in _grams(text, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repetition(texts: Sequence[str], n: int) -> float:
+    """Share of n-grams that the same text had before, mean over texts (seq-rep-n of Welleck et al. 2019,
+    arXiv:1908.04319), words by spaces; a text of fewer than n words is left out.
+
+    Near 1 when answers go round in circles.
+    """
+    grams = [found for found in (_grams(text, n) for text in texts) if found]
+    return float(np.mean([1 - len(set(found)) / len(found) for found in grams])) if grams else 0.0
+
+
+def _grams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.split()
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def rouge(candidates: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Mean F1 of `rouge1`, `rouge2` and `rougeL` (Lin 2004, W04-1013, §2 and §3.1), by the package rouge-score.
+
+    Its words are runs of ASCII letters and digits in lower case; text in another script counts as empty.
+
+    Args:
+        candidates, references: (n,), answer by answer.
+    """
+    if len(candidates) != len(references) or not len(candidates):
+        raise ValueError("rouge compares two non-empty lists of the same length")
+    from rouge_score.rouge_scorer import RougeScorer  # it imports nltk, which takes a second
+
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(names)
+    scores = [scorer.score(reference, candidate) for candidate, reference in zip(candidates, references, strict=True)]
+    return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in names}

@@ -1,0 +1,150 @@
+"""Do the intervals hold the truth as often as they say? `python -m benchmarks.coverage [EXPERIMENTS] [METHOD ...]`
+
+Without arguments 10,000 simulated evaluations for each row, all methods. A 95 % interval should hold the true win rate
+in 94 to 96 % of them, and a model against itself (rate ½) should have a lower bound above ½ in 2.5 %. For the clustered
+methods each prompt is answered three times, and the answers' luck hangs together. First, a thousand evaluations of a
+model against itself go through the gate.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from steps.config import Gate
+from steps.gate import decide
+from steps.intervals import bootstrap_interval, cluster_interval, normal_interval, wilson
+from steps.length_control import length_controlled_win_rate
+from steps.sequential import SequentialTest
+from steps.statistics import win_rate
+
+ANSWERS = 3
+ITSELF = "itself"  # as a method: the gate and the sequential test instead of an interval
+SETTINGS = [(n, rate, ties) for n in (50, 200) for rate in (0.5, 0.7) for ties in (0.0, 0.4)]
+Interval = tuple[float, float]
+
+
+def verdicts(rng: np.random.Generator, n: int, rate: float, ties: float) -> np.ndarray:
+    """(n,) independent preferences of mean `rate`."""
+    return rng.choice([0, 0.5, 1], n, p=[1 - rate - ties / 2, ties, rate - ties / 2])
+
+
+def repeated(rng: np.random.Generator, n: int, rate: float, ties: float) -> tuple[np.ndarray, np.ndarray]:
+    """(3 n,) preferences and their prompts; a prompt's own chance of winning is drawn from a Beta distribution."""
+    decided = (rate - ties / 2) / (1 - ties)
+    luck = rng.beta(2 * decided, 2 * (1 - decided), n).repeat(ANSWERS)
+    won = (rng.random(len(luck)) < luck).astype(float)
+    return np.where(rng.random(len(luck)) < ties, 0.5, won), np.arange(n).repeat(ANSWERS)
+
+
+def by_wilson(rng: np.random.Generator, n: int, rate: float, ties: float) -> Interval:
+    return wilson(float(verdicts(rng, n, rate, ties).sum()), n)
+
+
+def by_normal(rng: np.random.Generator, n: int, rate: float, ties: float) -> Interval:
+    return normal_interval(verdicts(rng, n, rate, ties))
+
+
+def by_cluster(rng: np.random.Generator, n: int, rate: float, ties: float) -> Interval:
+    return cluster_interval(*repeated(rng, n, rate, ties))
+
+
+def by_wilson_on_repeats(rng: np.random.Generator, n: int, rate: float, ties: float) -> Interval:
+    """What happens if repeated answers are taken for new prompts."""
+    found, _ = repeated(rng, n, rate, ties)
+    return wilson(float(found.sum()), len(found))
+
+
+def by_bootstrap(rng: np.random.Generator, n: int, rate: float, ties: float) -> Interval:
+    return bootstrap_interval(*repeated(rng, n, rate, ties), resamples=1000, seed=int(rng.integers(1 << 31)))
+
+
+def by_percentile(rng: np.random.Generator, n: int, rate: float, ties: float) -> Interval:
+    found, prompts = repeated(rng, n, rate, ties)
+    return bootstrap_interval(found, prompts, resamples=1000, method="percentile", seed=int(rng.integers(1 << 31)))
+
+
+def by_length_control(rng: np.random.Generator, n: int, rate: float, ties: float) -> Interval:
+    """Verdicts with a liking for length, the model's answers longer by a quarter; the truth is the rate without it."""
+    del ties
+    one, two = rng.lognormal(6, 0.5, n) * 1.25, rng.lognormal(6, 0.5, n)
+    log_odds = np.log(rate / (1 - rate)) + 1.5 * np.tanh((one - two) / (one - two).std(ddof=1))
+    judged = (rng.random(n) < 1 / (1 + np.exp(-log_odds))).astype(float)
+    found = length_controlled_win_rate(judged, one, two, resamples=300, seed=int(rng.integers(1 << 31)))
+    return found.low, found.high
+
+
+METHODS: dict[str, Callable[[np.random.Generator, int, float, float], Interval]] = {
+    "wilson": by_wilson,
+    "normal": by_normal,
+    "cluster": by_cluster,
+    "bootstrap": by_bootstrap,
+    "percentile": by_percentile,
+    "wilson-repeats": by_wilson_on_repeats,
+    "length": by_length_control,
+}
+
+
+def promotions(experiments: int, n: int, ties: float) -> float:
+    """Share of evaluations of a model against itself that the gate promotes."""
+    rng, promoted, gate = np.random.default_rng(7), 0, Gate(win_rate_floor=0.5, guards={})
+    for _ in range(experiments):
+        found = win_rate(verdicts(rng, n, 0.5, ties), np.full(n, 0.5))
+        facts = {
+            "judge": "gold",
+            "judge_accuracy": 1.0,
+            "win_rate": found.rate,
+            "win_rate_low": found.low,
+        }
+        promoted += decide(facts, gate)["promote"]
+    return promoted / experiments
+
+
+def sequential_stops(experiments: int, n: int, ties: float) -> tuple[float, float]:
+    """Share of sequential tests of a model against itself that end within n prompts, as better and as worse."""
+    rng, ends = np.random.default_rng(8), []
+    for _ in range(experiments):
+        test = SequentialTest(steps=2)
+        for verdict in verdicts(rng, n, 0.5, ties).tolist():
+            if test.see(verdict) != "undecided":
+                break
+        ends.append(test.decision)
+    return ends.count("better") / experiments, ends.count("worse") / experiments
+
+
+def main(experiments: int, methods: list[str]) -> None:
+    if ITSELF in methods:
+        against_itself(experiments)
+    print(f"{experiments} experiments a row; standard error of a coverage of 0.95: {(0.0475 / experiments) ** 0.5:.4f}")
+    head = ("method", "n", "rate", "ties", "coverage", "too high", "too low", "width", "low > ½", "ms")
+    print("{:<15}{:>5}{:>6}{:>6}{:>10}{:>10}{:>9}{:>8}{:>9}{:>8}".format(*head))
+    for method in [name for name in methods if name != ITSELF]:
+        for n, rate, ties in SETTINGS:
+            if method == "length" and ties:
+                continue
+            began, rng = time.perf_counter(), np.random.default_rng([n, round(100 * rate), round(100 * ties)])
+            bounds = np.array([METHODS[method](rng, n, rate, ties) for _ in range(experiments)])
+            # The simulated rate is a decimal; bounds that equal it but for rounding hold it.
+            above, below = (bounds[:, 0] > rate + 1e-12).mean(), (bounds[:, 1] < rate - 1e-12).mean()
+            promoted = f"{(bounds[:, 0] > 0.5).mean():.4f}" if rate == 0.5 else ""
+            spent = 1000 * (time.perf_counter() - began) / experiments
+            print(
+                f"{method:<15}{n:>5}{rate:>6.2f}{ties:>6.2f}{1 - above - below:>10.4f}{above:>10.4f}{below:>9.4f}"
+                f"{np.ptp(bounds, 1).mean():>8.3f}{promoted:>9}{spent:>8.2f}",
+                flush=True,
+            )
+
+
+def against_itself(experiments: int) -> None:
+    for ties in (0.0, 0.4):
+        print(f"gate, n = 200, ties {ties:.0%}: {promotions(1000, 200, ties):.3f} promoted against itself, of 1000")
+    for ties in (0.0, 0.4):
+        better, worse = sequential_stops(min(experiments, 1000), 300, ties)
+        print(f"sequential, up to 300 prompts, ties {ties:.0%}: {better:.3f} better and {worse:.3f} worse than itself")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000, sys.argv[2:] or [*METHODS, ITSELF])
