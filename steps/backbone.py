@@ -105,6 +105,11 @@ def token_log_probs(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, Tensor 
     return rows.predicting(found.log_probs), None if entropy is None else rows.predicting(entropy)
 
 
+def plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without PEFT's wrapper, if it has one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 # -- adapters over one base --------------------------------------------------------------------------------------
 
 
@@ -180,8 +185,7 @@ class Scorer:
 
     def __init__(self, model: PreTrainedModel, adapter: str | None, head: nn.Linear) -> None:
         self.model, self.adapter, self.head = model, adapter, head
-        plain = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.decoder = getattr(plain, plain.base_model_prefix)
+        self.decoder = getattr(plain(model), plain(model).base_model_prefix)
 
     def states(self, rows: Rows) -> Tensor:
         """(B, L, hidden) after every token."""

@@ -7,12 +7,22 @@ dotted path. What a TRL trainer owns sits under `trainer:` with TRL's own names,
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from steps.errors import RecipeError, did_you_mean
 from steps.trainer_fields import fields_of, owned_of
@@ -55,7 +65,17 @@ class Model(Section):
         "auto",
         description="Of the frozen weights. auto: bfloat16 where the processor computes in it. nf4: 4 bits (QLoRA).",
     )
-    lora: Lora = Lora()  # type: ignore[call-arg]
+    lora: Lora | None = Field(
+        Lora(),  # type: ignore[call-arg]
+        description="Adapters over frozen weights. null: every weight is trained, in float32.",
+    )
+
+    @field_validator("lora")
+    @classmethod
+    def _can_be_trained(cls, lora: Lora | None, known: ValidationInfo) -> Lora | None:
+        if lora is None and known.data.get("dtype") == "nf4":
+            raise ValueError("weights in four bits cannot be trained themselves, set model.dtype=auto or give adapters")
+        return lora
 
 
 def _checked_trainer(kind: str):
@@ -165,14 +185,67 @@ class GRPO(OnPolicy):
     trainer: Annotated[dict[str, Any], _checked_trainer("grpo")] = {}
 
 
+class BestOfN(Section):
+    """No training: of n answers of the start, the one the reward model scores highest."""
+
+    n: int = Field(16, ge=2)
+
+
 class Policy(Section):
     """How the policy is tuned. A recipe may hold settings of several methods; `method` says whose are used."""
 
-    method: Literal["dpo", "ppo", "rloo", "grpo"] = "dpo"
+    method: Literal["dpo", "ppo", "rloo", "grpo", "best_of_n"] = "dpo"
     dpo: DPO = DPO()  # type: ignore[call-arg]
     ppo: PPO = PPO()  # type: ignore[call-arg]
     rloo: RLOO = RLOO()  # type: ignore[call-arg]
     grpo: GRPO = GRPO()  # type: ignore[call-arg]
+    best_of_n: BestOfN = BestOfN()  # type: ignore[call-arg]
+
+
+class LlmJudge(Section):
+    """A language model behind an OpenAI-compatible endpoint as the judge (Zheng et al. 2023, arXiv:2306.05685)."""
+
+    base_url: str = Field(description="Up to and with /v1; chat/completions is added to it.")
+    model: str = Field(min_length=1, description="As the endpoint calls it.")
+    key_variable: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="The NAME of the environment variable that holds the key, never the key itself; null for none.",
+    )
+    max_concurrent: int = Field(4, ge=1, le=256, description="Requests under way at a time.")
+    timeout: float = Field(60.0, gt=0, description="Seconds a request may take.")
+    attempts: int = Field(4, ge=1, description="How often a request is made before it counts as failed.")
+    max_tokens: int = Field(512, ge=16, description="Longest answer of the judge.")
+    instructions: str = Field(
+        "Which answer would a careful person rather have been given? Weigh, in this order: does it do what the prompt "
+        "asks, is it true, is it harmless, is it clear. Length is no merit, and neither is the place an answer stands "
+        "in. Say tie only when neither is better.",
+        min_length=1,
+        description="What makes an answer better.",
+    )
+    price_per_million_input: float = Field(0.0, ge=0, description="In any currency, of a million tokens sent.")
+    price_per_million_output: float = Field(0.0, ge=0, description="The same of tokens answered.")
+    budget: float | None = Field(None, gt=0, description="What one evaluation's verdicts may cost; no limit if null.")
+
+    @field_validator("base_url")
+    @classmethod
+    def _plain_address(cls, base_url: str) -> str:
+        try:
+            parts = urlsplit(base_url)
+            fine = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            fine = False
+        if not fine:
+            raise ValueError("must be an http or https address")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("must hold no user, key or query; name the key's variable in key_variable")
+        return base_url.rstrip("/")
+
+    @model_validator(mode="after")
+    def _budget_has_prices(self) -> LlmJudge:
+        if self.budget is not None and not (self.price_per_million_input or self.price_per_million_output):
+            raise ValueError("a budget needs price_per_million_input and price_per_million_output")
+        return self
 
 
 class Evaluate(Section):
@@ -182,21 +255,95 @@ class Evaluate(Section):
     max_new_tokens: int = Field(48, ge=1)
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     batch_size: int = Field(200, ge=1, description="Prompts answered at once.")
-    judge: Literal["gold"] = "gold"
+    judge: Literal["gold", "reward", "llm"] = "gold"
+    llm: LlmJudge | None = Field(None, description="The judge `llm`.")
     confidence: float = Field(0.95, gt=0.5, lt=1)
+    judge_pairs: int | None = Field(None, ge=1, description="Held-out human pairs the judge is tried on; all if null.")
+    kl_prompts: int = Field(64, ge=0, description="Answers that tell how far the policy moved; 0 leaves it out.")
+    temperatures: tuple[float, ...] = Field((), description="Further temperatures to tell the win rate at.")
+    stop_early: bool = Field(
+        False, description="Judge batch by batch and end once the policy is known to be better or worse than its start."
+    )
+    rouge: bool = Field(False, description="Overlap of answers with people's own, for tasks that have one answer.")
+
+    @model_validator(mode="after")
+    def _llm_is_described(self) -> Evaluate:
+        if self.judge == "llm" and self.llm is None:
+            raise ValueError("judge=llm needs the section llm, with base_url and model at least")
+        return self
+
+
+class Guard(Section):
+    """The range a fact of the evaluation must lie in, bounds included."""
+
+    at_least: float | None = None
+    at_most: float | None = None
 
 
 class Gate(Section):
     """When a policy becomes the champion."""
 
     win_rate_floor: float = Field(0.5, ge=0, le=1, description="The interval's lower bound must lie above this.")
+    guards: dict[str, Guard] = Field(
+        {"length_ratio": Guard(at_most=2.0), "distinct_ratio": Guard(at_least=0.6)},
+        description="What must not get worse while the win rate rises: facts of the evaluation and their ranges.",
+    )
     judge_accuracy_floor: float = Field(
         0.6, ge=0, le=1, description="Share of held-out human pairs the judge must order right for its word to count."
     )
+    judge_silence_ceiling: float = Field(
+        0.05, ge=0, le=1, description="Share of those pairs it may come to no verdict on: they may be the hard ones."
+    )
+
+
+class Alarm(Section):
+    """When an alarm goes off, and what follows."""
+
+    limit: float = 0.0
+    action: Literal["ignore", "warn", "stop", "fail"] = Field(
+        "warn", description="stop: training ends, the best checkpoint is kept. fail: the gate keeps the model back."
+    )
+
+
+def _alarm(limit: float, action: str, description: str) -> Any:
+    return Field(Alarm.model_validate({"limit": limit, "action": action}), description=description)
+
+
+class Alarms(Section):
+    """Known ways to go wrong, watched for in training and evaluation (`steps.alarms`)."""
+
+    not_a_number: Alarm = _alarm(0, "stop", "A metric is NaN or infinite; there is no limit.")
+    displaced_likelihood: Alarm = _alarm(0, "warn", "How far rewards/chosen may fall below 0 while the margin grows.")
+    kl: Alarm = _alarm(40, "warn", "Nats an answer the policy may be away from its start.")
+    negative_kl: Alarm = _alarm(4, "warn", "Standard errors an estimate of KL may lie below 0.")
+    overoptimisation: Alarm = _alarm(
+        2, "fail", "Standard errors by which the reward has to rise and the gold score to fall."
+    )
+    length: Alarm = _alarm(1.5, "warn", "Length of answers over that at the start.")
+    entropy: Alarm = _alarm(0.2, "warn", "Least entropy, as a share of that of the first rollout.")
+    critic: Alarm = _alarm(0, "warn", "Least explained variance of the critic, over four rollouts.")
+    reward_accuracy: Alarm = _alarm(0.55, "fail", "Least accuracy of the reward model on held-out pairs.")
+    leak: Alarm = _alarm(20, "warn", "Steps within which no training pair was ordered wrong.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_the_defaults(cls, given: Any) -> Any:
+        """An alarm of which only the limit or only the action is given keeps the other."""
+        if not isinstance(given, dict):
+            return given
+        usual = {name: field.default.model_dump() for name, field in cls.model_fields.items()}
+        return {
+            name: {**usual[name], **value} if name in usual and isinstance(value, dict) else value
+            for name, value in given.items()
+        }
 
 
 class Launch(Section):
-    """How steps are run. Nothing here changes a result, so nothing here is part of a step's key."""
+    """How steps are run. Nothing here is part of a step's key.
+
+    The number of threads changes a result in its last digits, for sums are made in another order: the same bytes come
+    from the same kind of machine with the same number of them.
+    """
 
     launcher: Literal["process", "here"] = "process"
     threads: int | None = Field(None, ge=1, description="Threads of a training process; all cores when not given.")
@@ -215,6 +362,7 @@ class Recipe(Section):
     policy: Policy = Policy()  # type: ignore[call-arg]
     evaluate: Evaluate = Evaluate()  # type: ignore[call-arg]
     gate: Gate = Gate()  # type: ignore[call-arg]
+    alarms: Alarms = Alarms()
     launch: Launch = Launch()  # type: ignore[call-arg]
 
     STEPS: ClassVar[tuple[str, ...]] = ("base", "sft", "reward", "policy", "evaluate", "gate")
@@ -225,6 +373,17 @@ class Recipe(Section):
         method = values["policy"]["method"]
         values["policy"] = {"method": method, method: values["policy"][method]}
         return values
+
+    @field_validator("policy")
+    @classmethod
+    def _shares_what_is_frozen(cls, policy: Policy, known: ValidationInfo) -> Policy:
+        model = known.data.get("model")
+        if model and model.lora is None and policy.method == "ppo" and policy.ppo.backbone == "shared":
+            raise ValueError(
+                "with model.lora=null every weight is trained, and models that learn cannot share them; "
+                "set policy.ppo.backbone=separate"
+            )
+        return policy
 
     @field_validator("name")
     @classmethod
@@ -278,22 +437,41 @@ def _apply(tree: dict[str, Any], assignment: str) -> None:
     """`a.b=c` into a tree of mappings; the value is read as YAML."""
     path, equals, value = assignment.partition("=")
     if not equals or not path:
-        raise RecipeError("--set wants KEY=VALUE", have=assignment, then="for example --set policy.trainer.beta=0.2")
+        raise RecipeError(
+            "--set wants KEY=VALUE", have=assignment, then="for example --set policy.dpo.trainer.beta=0.2"
+        )
+    _put(tree, path, read_yaml(value, f"--set {path}"))
+
+
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     for parent in parents:
         child = tree.setdefault(parent, {})
         if not isinstance(child, dict):
             raise RecipeError("--set goes below a plain value", where=path, have=f"{parent} = {child!r}")
         tree = child
-    tree[last] = read_yaml(value, f"--set {path}")
+    tree[last] = value
+
+
+def assigned(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """A recipe with other values at some dotted paths.
+
+    Raises:
+        RecipeError: the result is not a recipe.
+    """
+    tree = recipe.model_dump(mode="json")
+    for path, value in changes.items():
+        _put(tree, path, value)
+    return parse(tree, recipe.name)
 
 
 def _section_at(path: tuple[int | str, ...]) -> type[BaseModel] | None:
     section: Any = Recipe
     for name in path:
         field = getattr(section, "model_fields", {}).get(name)
-        section = field.annotation if field else None
-    return section if isinstance(section, type) and issubclass(section, BaseModel) else None
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()  # `Lora | None` is looked into
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return section
 
 
 def _explain(problem: dict[str, Any]) -> str:
@@ -357,12 +535,14 @@ SECTIONS: dict[str, type[Section]] = {
     "ppo": PPO,
     "rloo": RLOO,
     "grpo": GRPO,
+    "best_of_n": BestOfN,
     "evaluate": Evaluate,
     "gate": Gate,
+    "alarms": Alarms,
     "lora": Lora,
 }
 
 
 def section(name: str, value: Any) -> Any:
     """A step's argument from its plain JSON value: a section where the name is one, else the value itself."""
-    return SECTIONS[name].model_validate(value) if name in SECTIONS else value
+    return SECTIONS[name].model_validate(value) if name in SECTIONS and value is not None else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from peft import PeftModel
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
@@ -13,7 +14,7 @@ from steps.artifact import Facts
 from steps.config import DPO
 from steps.frozen_layers import remember_frozen_layers
 from steps.lm_head import labelled_lm_head
-from steps.models import ADAPTER, frozen_depth, load_policy, load_tokenizer, save_adapter
+from steps.models import ADAPTER, checkpoint_files, frozen_depth, load_policy, load_tokenizer, save_weights
 from steps.pairs import training_and_held_out
 from steps.tracking import Tracker
 from steps.training import LengthGrouped, arguments, held_out_metrics, run_trainer
@@ -39,9 +40,10 @@ class LengthGroupedDPOTrainer(LengthGrouped, DPOTrainer):
 def tune_policy(
     dpo: DPO, dtype: str, *, base: Path, sft: Path, preferences: Path, seed: int, out: Path, tracker: Tracker
 ) -> Facts:
-    """Direct preference optimisation (arXiv:2305.18290, eq. 7) of the SFT adapter, against a frozen copy of it.
+    """Direct preference optimisation (arXiv:2305.18290, eq. 7) of the SFT model, against a frozen copy of it.
 
-    The reference's log-probabilities are computed once, before the first update.
+    The reference's log-probabilities are computed once, before the first update; of a whole model by the policy
+    itself, which is loaded from the SFT step's directory.
 
     Args:
         sft: the SFT step's artifact; policy and reference both start there.
@@ -50,7 +52,8 @@ def tune_policy(
     train, held_out, batch = training_and_held_out(preferences, dpo)
     set_seed(seed)
     model = load_policy(base, dtype, sft / ADAPTER, trainable=True)
-    remember_frozen_layers(model, frozen_depth(model.peft_config["default"], model.config.num_hidden_layers))
+    if isinstance(model, PeftModel):
+        remember_frozen_layers(model, frozen_depth(model.peft_config["default"], model.config.num_hidden_layers))
     settings = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": batch, **dpo.trainer}
     with labelled_lm_head(dpo_trainer):
         trainer = LengthGroupedDPOTrainer(
@@ -62,9 +65,10 @@ def tune_policy(
             eval_dataset=held_out,
             processing_class=load_tokenizer(base),
         )
+    trainer.checkpoint_files = checkpoint_files(trainer.model)
     run_trainer(trainer, tracker)
     measured = held_out_metrics(trainer, tracker)
-    save_adapter(trainer.model, base, out)
+    save_weights(trainer.model, base, out)
     return {
         "method": "dpo",
         "pairs": len(train),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from peft import PeftModel
+from transformers import PreTrainedModel, set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer import grpo_trainer, rloo_trainer
 
@@ -14,7 +15,7 @@ from steps.backbone import REFERENCE, REWARD, Scorer, active, add_adapter, linea
 from steps.config import GRPO, RLOO
 from steps.implicit_rewards import HeldOut
 from steps.lm_head import labelled_lm_head
-from steps.models import ADAPTER, load_policy, load_tokenizer, score_head
+from steps.models import ADAPTER, is_whole_model, load_policy, load_reward_model, load_tokenizer, score_head
 from steps.pairs import held_out_pairs
 from steps.rollouts import (
     AnswerReward,
@@ -57,12 +58,12 @@ class GroupRelativeTrainer(GroupTrainer, GRPOTrainer):
 
 
 def tune_by_rloo(rloo: RLOO, dtype: str, **step: Any) -> Facts:
-    """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740) from the SFT adapter; see `tune_policy`."""
+    """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740) from the SFT model; see `tune_policy`."""
     return tune_policy("rloo", rloo, dtype, **step)
 
 
 def tune_by_grpo(grpo: GRPO, dtype: str, **step: Any) -> Facts:
-    """Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300) from the SFT adapter."""
+    """Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300) from the SFT model."""
     return tune_policy("grpo", grpo, dtype, **step)
 
 
@@ -95,11 +96,15 @@ def tune_policy(
     set_seed(seed)
     kind, arguments_of, module = KINDS[method]
     tokenizer, model = load_tokenizer(base), load_policy(base, dtype, sft / ADAPTER, trainable=True)
-    add_adapter(model, REFERENCE, "default")
-    add_adapter(model, REWARD, reward / ADAPTER)
+    scorer = reward_scorer(model, base, dtype, reward / ADAPTER)
+    start = REFERENCE if isinstance(model, PeftModel) else None
+    if start:
+        add_adapter(model, start, "default")
     args = rollout_arguments(arguments_of, config, {"beta": BETA}, seed=seed, out=out)
     prompts = prompts_of(preferences, at_least=args.generation_batch_size // args.num_generations)
-    scorer = Scorer(model, REWARD, linear_head(score_head(reward / ADAPTER)))
+    scorer.head.to(args.device)
+    if scorer.model is not model:
+        scorer.model.to(args.device)
     with labelled_lm_head(module, entropy_gradient=getattr(args, "entropy_coef", 0) > 0):
         trainer = kind(
             model,
@@ -109,9 +114,18 @@ def tune_policy(
             processing_class=tokenizer,
         )
 
-    def reference(rows):
-        with active(model, REFERENCE):
+    def reference(rows):  # asked before the first update, when a whole model is its own reference
+        with active(model, start):
             return token_log_probs(model, rows)[0]
 
     held_out = HeldOut(held_out_pairs(preferences, config.held_out), tokenizer, reference)
     return learn(method, trainer, config, held_out, args.beta or 1.0, base, out, tracker)
+
+
+def reward_scorer(policy: PreTrainedModel, base: Path, dtype: str, weights: Path) -> Scorer:
+    """The reward model: an adapter over the policy's base, or a model of its own where every weight was trained."""
+    head = linear_head(score_head(weights))
+    if is_whole_model(weights):
+        return Scorer(load_reward_model(base, dtype, weights), None, head)
+    add_adapter(policy, REWARD, weights)
+    return Scorer(policy, REWARD, head)

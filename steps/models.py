@@ -1,4 +1,8 @@
-"""Loading models: a frozen base, and adapters over it. Never pickles, never code from a model's repository."""
+"""Loading models: adapters over a frozen base, or whole models. Never pickles, never code from a model's repository.
+
+A step leaves what it trained in its folder `adapter`: an adapter, or where `model.lora` is null and every weight was
+trained, a whole model with its tokenizer, which transformers loads by itself.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, load_peft_weights
+from peft import LoraConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_FILE
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,14 +23,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import CONFIG_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME as WHOLE_FILE
 
 from steps.base import base_id
 from steps.errors import ModelError
+from steps.training import CHECKPOINT_FILES
 
 if TYPE_CHECKING:
     from steps.config import Lora
 
 ADAPTER = "adapter"
+MASTER = "float32"  # of weights that are trained themselves: bfloat16 loses updates below 1/256 of a weight
 SETS = ("target_modules", "modules_to_save", "exclude_modules")
 
 
@@ -48,21 +58,35 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(base: Path, dtype: str, adapter: Path | None = None, *, trainable: bool = False) -> PreTrainedModel:
-    """A causal language model, with an adapter over it where one is given.
+def is_whole_model(weights: Path) -> bool:
+    """Whether a step's weights are a model of their own, and not an adapter over the base."""
+    return (weights / CONFIG_NAME).is_file()
+
+
+def load_policy(base: Path, dtype: str, weights: Path | None = None, *, trainable: bool = False) -> PreTrainedModel:
+    """A causal language model: the base, an adapter over it, or what a whole model's training left.
+
+    Args:
+        dtype: of frozen weights; a whole model that is `trainable` comes in float32.
+        weights: what a step left in its folder `adapter`; None for the base itself.
 
     Raises:
         ModelError: the weights cannot be read.
     """
+    if weights is not None and is_whole_model(weights):
+        return _load(AutoModelForCausalLM, weights, MASTER if trainable else dtype).requires_grad_(trainable)
     model = _load(AutoModelForCausalLM, base, dtype)
-    return model if adapter is None else PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    return model if weights is None else PeftModel.from_pretrained(model, str(weights), is_trainable=trainable)
 
 
-def load_reward_model(base: Path, dtype: str, adapter: Path | None = None) -> PreTrainedModel:
-    """A model with one number per sequence for a head; a fresh head when no adapter is given."""
-    model = _load(AutoModelForSequenceClassification, base, dtype, num_labels=1)
+def load_reward_model(base: Path, dtype: str, weights: Path | None = None) -> PreTrainedModel:
+    """A model with one number per sequence for a head; a fresh head when no weights of a step are given."""
+    whole = weights is not None and is_whole_model(weights)
+    model = _load(AutoModelForSequenceClassification, weights if whole else base, dtype, num_labels=1)
     model.config.get_text_config().pad_token_id = load_tokenizer(base).pad_token_id
-    return model if adapter is None else PeftModel.from_pretrained(model, str(adapter))
+    if whole:
+        return model.requires_grad_(False)
+    return model if weights is None else PeftModel.from_pretrained(model, str(weights))
 
 
 def four_bits(compute: torch.dtype) -> BitsAndBytesConfig:
@@ -75,15 +99,15 @@ def four_bits(compute: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _load(kind: Any, base: Path, dtype: str, **options: Any) -> PreTrainedModel:
+def _load(kind: Any, folder: Path, dtype: str, **options: Any) -> PreTrainedModel:
     if dtype == "nf4":
         options["quantization_config"] = four_bits(torch_dtype(dtype))
     try:
-        return kind.from_pretrained(base, dtype=torch_dtype(dtype), use_safetensors=True, **options)
+        return kind.from_pretrained(folder, dtype=torch_dtype(dtype), use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         raise ModelError(
-            "the base model cannot be loaded",
-            where=str(base),
+            "the model cannot be loaded",
+            where=str(folder),
             have=str(error).strip().splitlines()[0],
             then="remove that folder and run again, or set model.base to another model",
         ) from error
@@ -113,16 +137,16 @@ def lora_config(lora: Lora, base: Path, task: str) -> LoraConfig:
     )
 
 
-def score_head(adapter: Path) -> torch.Tensor:
-    """(1, hidden) weight of the head a reward model's adapter was saved with.
+def score_head(weights: Path) -> torch.Tensor:
+    """(1, hidden) weight of the head a reward model was saved with.
 
     Raises:
-        ModelError: the adapter has none.
+        ModelError: there is none.
     """
-    weights = load_peft_weights(str(adapter), device="cpu")
-    heads = [value for name, value in weights.items() if name.endswith("score.weight")]
+    with safe_open(weights / (WHOLE_FILE if is_whole_model(weights) else ADAPTER_FILE), "pt") as saved:
+        heads = [saved.get_tensor(name) for name in saved.keys() if name.endswith("score.weight")]  # noqa: SIM118
     if len(heads) != 1:
-        raise ModelError("this is not a reward model's adapter", where=str(adapter), have=f"{len(heads)} score heads")
+        raise ModelError("this is not a reward model's weights", where=str(weights), have=f"{len(heads)} score heads")
     return heads[0]
 
 
@@ -132,9 +156,24 @@ def frozen_depth(config: LoraConfig, layers: int) -> int:
     return min(adapted) if isinstance(adapted, list) and len(adapted) < layers else 0
 
 
-def save_adapter(model: PeftModel, base: Path, out: Path) -> Path:
-    """Write the trained adapter into `out/adapter`: weights and configuration, no path of this machine."""
+def checkpoint_files(model: PreTrainedModel) -> tuple[str, ...]:
+    """What a checkpoint of a trainer's model cannot be resumed without."""
+    others = tuple(name for name in CHECKPOINT_FILES if name != ADAPTER_FILE)
+    return (*others, ADAPTER_FILE if isinstance(model, PeftModel) else WHOLE_FILE)
+
+
+def save_weights(model: PreTrainedModel, base: Path, out: Path) -> Path:
+    """Write what was trained into `out/adapter`: an adapter, or a whole model; no path of this machine."""
     folder = out / ADAPTER
+    if isinstance(model, PeftModel):
+        _save_adapter(model, base, folder)
+    else:
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def _save_adapter(model: PeftModel, base: Path, folder: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = base_id(base)
     model.save_pretrained(folder, selected_adapters=["default"])
     (folder / "README.md").unlink(missing_ok=True)
@@ -143,4 +182,3 @@ def save_adapter(model: PeftModel, base: Path, out: Path) -> Path:
     # PEFT writes its sets in the order of this process's string hashes.
     written = {name: sorted(value) if name in SETS and value else value for name, value in written.items()}
     settings.write_text(json.dumps(written, indent=1, sort_keys=True), encoding="utf-8")
-    return folder

@@ -5,19 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer import grpo_trainer
 
 from steps.artifact import Facts
-from steps.backbone import CRITIC, REFERENCE, REWARD, Scorer, add_adapter, answer_tokens, linear_head
+from steps.backbone import CRITIC, REFERENCE, REWARD, Scorer, add_adapter, answer_tokens, linear_head, plain
 from steps.config import PPO
 from steps.frozen_layers import FrozenLayers, remember_frozen_layers
 from steps.implicit_rewards import HeldOut
 from steps.lm_head import add_labelled_lm_head, labelled_lm_head
-from steps.models import ADAPTER, frozen_depth, load_policy, load_reward_model, load_tokenizer, score_head
+from steps.models import (
+    ADAPTER,
+    MASTER,
+    frozen_depth,
+    is_whole_model,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    score_head,
+)
 from steps.pairs import held_out_pairs
 from steps.ppo_trainer import Moments, PPOConfig, PPOTrainer
 from steps.rollouts import AnswerReward, learn, prompt_rows, prompts_of, rollout_arguments
@@ -54,7 +65,7 @@ def tune_policy(
     out: Path,
     tracker: Tracker,
 ) -> Facts:
-    """Maximise E[r(x, y)] − β KL(π‖ρ) (InstructGPT, arXiv:2203.02155, eq. 2) by PPO, from the SFT adapter.
+    """Maximise E[r(x, y)] − β KL(π‖ρ) (InstructGPT, arXiv:2203.02155, eq. 2) by PPO, from the SFT model.
 
     Args:
         sft: the SFT step's artifact; policy and reference both start there.
@@ -93,7 +104,10 @@ def tune_policy(
 
 
 def load_models(ppo: PPO, dtype: str, base: Path, sft: Path, reward: Path) -> Models:
-    """Policy, reference, reward model and critic: adapters over one base, or models of their own."""
+    """Policy, reference, reward model and critic: adapters over one base, or models of their own.
+
+    Of whole models those that learn, and the reference, which has to agree with the policy at first, are in float32.
+    """
     policy, head = load_policy(base, dtype, sft / ADAPTER, trainable=True), score_head(reward / ADAPTER)
     if ppo.backbone == "shared":
         add_adapter(policy, REFERENCE, "default")
@@ -101,9 +115,11 @@ def load_models(ppo: PPO, dtype: str, base: Path, sft: Path, reward: Path) -> Mo
             add_adapter(policy, name, reward / ADAPTER)
         scorers = [Scorer(policy, name, linear_head(head)) for name in (REWARD, CRITIC)]
         return Models(policy, None, *scorers, all=(policy,))
-    reference = load_policy(base, dtype, sft / ADAPTER)
-    apart = [load_reward_model(base, dtype, reward / ADAPTER) for _ in (REWARD, CRITIC)]
-    scorers = [Scorer(model, "default", linear_head(head)) for model in apart]
+    learning = MASTER if is_whole_model(sft / ADAPTER) else dtype
+    reference = load_policy(base, learning, sft / ADAPTER)
+    apart = [load_reward_model(base, precision, reward / ADAPTER) for precision in (dtype, learning)]
+    adapters = ["default" if isinstance(model, PeftModel) else None for model in apart]
+    scorers = [Scorer(model, adapter, linear_head(head)) for model, adapter in zip(apart, adapters, strict=True)]
     return Models(policy, reference, *scorers, all=(policy, reference, *apart))
 
 
@@ -115,7 +131,7 @@ def place_models(models: Models, args: PPOConfig) -> None:
     for scorer in (models.reward, models.critic):
         scorer.head.to(args.device)
     if models.reference is not None:
-        add_labelled_lm_head(models.reference.get_base_model(), args.temperature, outputs=("log_probs", "entropy"))
+        add_labelled_lm_head(plain(models.reference), args.temperature, outputs=("log_probs", "entropy"))
 
 
 def start_moments(
@@ -159,8 +175,9 @@ def remembered(models: Models) -> list[FrozenLayers]:
     """A memory of the frozen layers of each model that has some."""
     found = []
     for model in models.all:
-        depths = [frozen_depth(config, model.config.num_hidden_layers) for config in model.peft_config.values()]
-        found.append(remember_frozen_layers(model, min(depths)))
+        adapters: dict[str, Any] = model.peft_config if isinstance(model, PeftModel) else {}
+        depths = [frozen_depth(config, model.config.num_hidden_layers) for config in adapters.values()]
+        found.append(remember_frozen_layers(model, min(depths, default=0)))
     return [memory for memory in found if memory is not None]
 
 

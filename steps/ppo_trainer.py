@@ -28,7 +28,6 @@ from steps.errors import StepFailed
 from steps.frozen_layers import FrozenLayers
 from steps.losses import clipped, clipped_policy_loss, clipped_value_loss, k3
 from steps.rollouts import AnswerReward, OnPolicyTrainer
-from steps.training import CHECKPOINT_FILES
 
 CRITIC_FILE, STATE_FILE = "critic.safetensors", "ppo.json"
 
@@ -69,7 +68,6 @@ class PPOTrainer(OnPolicyTrainer, GRPOTrainer):
     """
 
     _tag_names, _name = ["trl", "ppo"], "PPO"
-    checkpoint_files = (*CHECKPOINT_FILES, CRITIC_FILE, STATE_FILE)
 
     def __init__(
         self,
@@ -276,6 +274,10 @@ class PPOTrainer(OnPolicyTrainer, GRPOTrainer):
         return clip(self._policy_parameters(), self.args.max_grad_norm)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoint_files(self):
+        return (*super().checkpoint_files, CRITIC_FILE, STATE_FILE)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

@@ -20,7 +20,7 @@ from steps.backbone import Rows, Scorer, load_adapter
 from steps.config import GRPO, PPO, RLOO, OnPolicy
 from steps.errors import DataError, StepFailed
 from steps.implicit_rewards import HeldOut
-from steps.models import save_adapter
+from steps.models import checkpoint_files, save_weights
 from steps.sampling import draw_tokens, uniforms_of
 from steps.tracking import Tracker
 from steps.training import arguments, run_trainer
@@ -80,6 +80,11 @@ class OnPolicyTrainer:
     def policy(self):
         """The policy itself, without what several processes wrap around it."""
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def checkpoint_files(self) -> tuple[str, ...]:
+        """What a checkpoint holds, if it is whole."""
+        return checkpoint_files(self.policy)
 
     @property
     def updates_per_rollout(self) -> int:
@@ -258,7 +263,7 @@ def learn(
     out: Path,
     tracker: Tracker,
 ) -> Facts:
-    """Train to the end with notes on the way, measure, and leave the adapter in `out`.
+    """Train to the end with notes on the way, measure, and leave the weights in `out`.
 
     Args:
         beta: of the implicit rewards.
@@ -267,5 +272,5 @@ def learn(
     run_trainer(trainer, tracker)
     measured = held_out.measure(trainer.policy, beta)
     tracker.metrics(measured, trainer.state.global_step)
-    save_adapter(trainer.policy, base, out)
+    save_weights(trainer.policy, base, out)
     return rollout_facts(method, trainer, measured)

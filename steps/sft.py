@@ -13,7 +13,7 @@ from trl.trainer import sft_trainer
 from steps.artifact import Facts
 from steps.config import SFT, Lora
 from steps.lm_head import labelled_lm_head
-from steps.models import load_policy, load_tokenizer, lora_config, save_adapter
+from steps.models import MASTER, checkpoint_files, load_policy, load_tokenizer, lora_config, save_weights
 from steps.tracking import Tracker
 from steps.training import LengthGrouped, arguments, run_trainer
 
@@ -23,25 +23,27 @@ class LengthGroupedSFTTrainer(LengthGrouped, SFTTrainer):
 
 
 def train_sft(
-    sft: SFT, lora: Lora, dtype: str, *, base: Path, demonstrations: Path, seed: int, out: Path, tracker: Tracker
+    sft: SFT, lora: Lora | None, dtype: str, *, base: Path, demonstrations: Path, seed: int, out: Path, tracker: Tracker
 ) -> Facts:
-    """Fit adapters to demonstrations by maximum likelihood of their completions.
+    """Fit a model to demonstrations by maximum likelihood of their completions.
 
     Args:
+        lora: the adapters that are trained; None trains every weight.
         demonstrations: table of prompt, completion.
     """
     rows = pd.read_parquet(demonstrations)[["prompt", "completion"]].head(sft.rows)
     set_seed(seed)
-    model, adapters = load_policy(base, dtype), lora_config(lora, base, "CAUSAL_LM")
+    model = load_policy(base, dtype if lora else MASTER)
     with labelled_lm_head(sft_trainer):
         trainer = LengthGroupedSFTTrainer(
             model,
             args=arguments(SFTConfig, sft.trainer, seed=seed, out=out),
             train_dataset=Dataset.from_pandas(rows, preserve_index=False),
             processing_class=load_tokenizer(base),
-            peft_config=adapters,
+            peft_config=lora_config(lora, base, "CAUSAL_LM") if lora else None,
         )
+    trainer.checkpoint_files = checkpoint_files(trainer.model)
     run_trainer(trainer, tracker)
-    save_adapter(trainer.model, base, out)
+    save_weights(trainer.model, base, out)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"rows": len(rows), "steps": trainer.state.global_step, "loss": losses[-1]}

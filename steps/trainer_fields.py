@@ -33,7 +33,7 @@ OWNED = {
     "push_to_hub": "models go to the MLflow registry",
     "hub_token": "models go to the MLflow registry",
     "hub_model_id": "models go to the MLflow registry",
-    "save_total_limit": "the two newest checkpoints are kept, and none once the step is done",
+    "save_total_limit": "the three newest checkpoints are kept, and none once the step is done",
     "use_cpu": "a GPU is used where there is one",
     "per_device_eval_batch_size": "chosen so that all held-out batches are full",
     "disable_tqdm": "progress is drawn by prefloop",

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from steps.errors import Interrupted, StepFailed
@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "bf16": False,
     "gradient_checkpointing": False,
     "logging_steps": 5,
+    "logging_nan_inf_filter": False,
     "save_steps": 20,
     "lr_scheduler_type": "linear",
 }
@@ -38,6 +39,7 @@ CHECKPOINT_FILES = (
     "rng_state.pth",
     "adapter_model.safetensors",
 )
+BEST = ("reward", "rewards/accuracies", "accuracy")  # a checkpoint is the better the higher the first of these is
 # TRL's RewardTrainer names these its own way; one chart should hold every trainer.
 NAMES = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}
 SILENT = ("runtime", "per_second", "total_flos", "num_tokens", "train_loss", "epoch")
@@ -55,7 +57,7 @@ def arguments(kind: type[Arguments], trainer: Mapping[str, Any], *, seed: int, o
         "seed": seed,
         "report_to": "none",
         "disable_tqdm": True,
-        "save_total_limit": 2,
+        "save_total_limit": 3,
         "use_cpu": not torch.cuda.is_available(),
     }
     try:
@@ -141,6 +143,10 @@ class Reporter(TrainerCallback):
         self.due = False
         self.exact_at = self.saved_at = 0  # the last step a checkpoint could be written at, and the last one's
 
+    def alarmed(self, step: int) -> bool:
+        """Whether an alarm wants the training to have ended by this step."""
+        return self.tracker.stops_at is not None and step >= self.tracker.stops_at
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.exact_at = self.saved_at = state.global_step
 
@@ -166,6 +172,8 @@ class Reporter(TrainerCallback):
         values = named(logs or {})
         if values:
             self.tracker.metrics(values, state.global_step)
+        if self.alarmed(state.global_step):
+            control.should_training_stop, control.should_save = True, False
         self.shown |= {name: value for name, value in values.items() if not name.startswith("eval_")}
 
 
@@ -225,6 +233,8 @@ def run_trainer(trainer: Trainer, tracker: Tracker) -> None:
     files = getattr(trainer, "checkpoint_files", CHECKPOINT_FILES)
     checkpoint = newest_whole_checkpoint(Path(trainer.args.output_dir), files)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if reporter.alarmed(trainer.state.global_step):
+        keep_best(trainer, int(tracker.stops_at or 0), files)
     state = trainer.state
     if stop_requested() and state.global_step < state.max_steps:
         raise Interrupted(
@@ -239,6 +249,33 @@ def run_trainer(trainer: Trainer, tracker: Tracker) -> None:
             have=f"{losses[-1]} at step {state.global_step}",
             then="lower trainer.learning_rate, or set model.dtype=float32",
         )
+
+
+def keep_best(trainer: Trainer, stopped: int, files: Sequence[str]) -> None:
+    """Go back to the best checkpoint from before an alarm, with all that the trainer knew then.
+
+    What a report says is true of the weights before its last update, so a checkpoint counts when a report without an
+    alarm came after it; that report's reward or accuracy says how good it is. Of two that are equal the newer stays.
+
+    Raises:
+        StepFailed: there is none.
+    """
+    history = [entry for entry in trainer.state.log_history if entry["step"] < stopped]
+    found = []
+    for folder in Path(trainer.args.output_dir).glob("checkpoint-*"):
+        step = int(folder.name.rpartition("-")[2])
+        later = [entry for entry in history if entry["step"] > step]
+        if later and is_whole(folder, files):
+            found.append((next((later[0][name] for name in BEST if name in later[0]), 0.0), step, folder))
+    if not found:
+        raise StepFailed(
+            f"an alarm stopped the training at step {stopped}, before there was a checkpoint to keep",
+            where=str(trainer.args.output_dir),
+            then="lower trainer.save_steps, or mend what the alarm is about (the run's tags `alarm.*` say it)",
+        )
+    _, _, folder = max(found)
+    trainer._load_from_checkpoint(str(folder))
+    trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
 
 
 def held_out_metrics(trainer: Trainer, tracker: Tracker) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,8 @@ import tiny
 
 COMMAND = [sys.executable, "-m", "flows.cli", "step"]
 PROCESS = ("--set", "launch.launcher=process")
-PPO = ("--set", "policy.method=ppo")
+PPO = ("--set", "policy.method=ppo", "--set", "policy.ppo.rollouts=6")  # of four updates each
+PATIENCE = 300  # seconds; what is waited for takes a few on an idle machine, and an import alone a minute on a busy one
 
 
 def copy_without(finished: Path, to: Path, step: str) -> Path:
@@ -42,7 +44,7 @@ def start(root: Path, step: str, *more: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -81,10 +83,10 @@ def test_killed_in_training_and_resumed_gives_the_same_bytes(
     running = start(root, step)
     wait_for(lambda: training_step(root, step) >= at)
     orphans = kill_everything(running)
-    _, alive = psutil.wait_procs(orphans, timeout=10)
+    _, alive = psutil.wait_procs(orphans, timeout=PATIENCE)
     assert alive == []
     again = start(root, step)
-    output, _ = again.communicate(timeout=120)
+    output, _ = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0, output
     assert digest(root, step) == digest(finished, step)
     assert not list((root / "var/store").glob("*.partial"))
@@ -95,7 +97,7 @@ def straight(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """Digest and seconds of a policy by PPO that nobody disturbed."""
     root = copy_without(finished, tmp_path_factory.mktemp("straight") / "project", "policy")
     begun = time.monotonic()
-    output, _ = (running := start(root, "policy", *PPO)).communicate(timeout=240)
+    output, _ = (running := start(root, "policy", *PPO)).communicate(timeout=PATIENCE)
     assert running.returncode == 0, output
     return digest(root, "policy"), time.monotonic() - begun
 
@@ -106,9 +108,9 @@ def killed_and_run_again(finished: Path, root: Path, moment: Callable[[Path], No
     running = start(root, "policy", *PPO)
     moment(root)
     orphans = kill_everything(running) if running.poll() is None else []
-    _, alive = psutil.wait_procs(orphans, timeout=10)
+    _, alive = psutil.wait_procs(orphans, timeout=PATIENCE)
     assert alive == []
-    output, _ = (again := start(root, "policy", *PPO)).communicate(timeout=240)
+    output, _ = (again := start(root, "policy", *PPO)).communicate(timeout=PATIENCE)
     assert again.returncode == 0, output
     assert not list((root / "var/store").glob("*.partial"))
     return digest(root, "policy")
@@ -117,9 +119,37 @@ def killed_and_run_again(finished: Path, root: Path, moment: Callable[[Path], No
 def test_ppo_killed_in_a_rollout_ends_with_the_same_bytes(
     finished: Path, tmp_path: Path, straight: tuple[str, float]
 ) -> None:
-    """Step 10 lies in the third rollout of four updates each."""
+    """Step 10 lies in the third rollout."""
     moment = lambda root: wait_for(lambda: training_step(root, "policy") >= 10)  # noqa: E731
     assert killed_and_run_again(finished, tmp_path / "project", moment) == straight[0]
+
+
+def forked(running: subprocess.Popen) -> psutil.Process:
+    """The process of the step that a command is running."""
+    below = psutil.Process(running.pid).children(recursive=True)
+    workers = [process for process in below if "steps.worker" in " ".join(process.cmdline())]
+    (child,) = (process for process in workers if process.ppid() in {worker.pid for worker in workers})
+    return child
+
+
+def test_ppo_told_to_stop_leaves_a_checkpoint_and_ends_with_the_same_bytes(
+    finished: Path, tmp_path: Path, straight: tuple[str, float]
+) -> None:
+    """SIGTERM inside the second rollout, whose start is on disk: nothing is waited for."""
+    root = copy_without(finished, tmp_path / "project", "policy")
+    running = start(root, "policy", *PPO)
+    wait_for(lambda: training_step(root, "policy") >= 5)
+    forked(running).send_signal(signal.SIGTERM)
+    output, _ = running.communicate(timeout=PATIENCE)
+    assert running.returncode == 130, output
+    assert "stopped on request" in output
+    (said,) = re.findall(r"a checkpoint at step (\d+) of 24", output)
+    partial = next((root / "var/store").glob("policy-*.partial"))
+    assert int(said) % 4 == 0
+    assert (partial / "checkpoints" / f"checkpoint-{said}" / "critic.safetensors").is_file()
+    output, _ = (again := start(root, "policy", *PPO)).communicate(timeout=PATIENCE)
+    assert again.returncode == 0, output
+    assert digest(root, "policy") == straight[0]
 
 
 @pytest.mark.every_fault
@@ -141,7 +171,7 @@ def test_killed_at_a_random_moment(finished: Path, tmp_path: Path, seed: int) ->
     if running.poll() is None:
         kill_everything(running)
     again = start(root, step)
-    output, _ = again.communicate(timeout=120)
+    output, _ = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0, output
     assert digest(root, step) == digest(finished, step)
 
@@ -152,7 +182,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(finished: Path, tmp_pa
     running = start(root, "policy", *long)
     wait_for(lambda: training_step(root, "policy") >= 1)
     running.send_signal(signal.SIGINT)
-    output, _ = running.communicate(timeout=60)
+    output, _ = running.communicate(timeout=PATIENCE)
     assert running.returncode == 130, output
     assert "goes on at the newest checkpoint" in output
     partial = next((root / "var/store").glob("policy-*.partial"))
@@ -164,13 +194,9 @@ def test_a_step_killed_alone_is_a_failed_step_with_a_way_out(finished: Path, tmp
     root = copy_without(finished, tmp_path / "project", "reward")
     running = start(root, "reward")
     wait_for(lambda: training_step(root, "reward") >= 1)
-    below = psutil.Process(running.pid).children(recursive=True)
-    workers = [process for process in below if "steps.worker" in " ".join(process.cmdline())]
-    parents = {process.ppid() for process in workers}
-    is_worker = {process: process.pid in parents for process in workers}
-    assert sorted(is_worker.values()) == [False, True]
-    next(process for process, forks in is_worker.items() if forks == (victim == "the worker")).kill()
-    output, _ = running.communicate(timeout=60)
+    step = forked(running)
+    (step.parent() if victim == "the worker" else step).kill()
+    output, _ = running.communicate(timeout=PATIENCE)
     assert running.returncode == 1
     assert "was killed (SIGKILL" in output
     assert "goes on at its newest checkpoint" in output
@@ -186,7 +212,7 @@ def test_a_truncated_checkpoint_is_not_resumed_from(finished: Path, tmp_path: Pa
     weights = max(written, key=lambda path: int(path.parent.name.split("-")[1]))
     weights.write_bytes(weights.read_bytes()[:100])
     again = start(root, "policy")
-    output, _ = again.communicate(timeout=120)
+    output, _ = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0, output
     assert digest(root, "policy") == digest(finished, "policy")
 
@@ -196,7 +222,7 @@ def test_a_dead_tracking_server_costs_nothing_but_a_later_delivery(finished: Pat
     environment = {**os.environ, "PYTHONPATH": str(tiny.REPOSITORY), "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     environment |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
     command = [*COMMAND, "sft", "recipes/tiny.yaml"]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stdout + result.stderr
     assert digest(root, "sft") == digest(finished, "sft")
     journal = next((root / "var/store").glob("sft-*/journal.jsonl")).read_text()

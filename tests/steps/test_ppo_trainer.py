@@ -252,7 +252,7 @@ def test_a_resumed_run_ends_with_the_bytes_of_the_straight_one(base: Path, tmp_p
 def test_checkpoints_lie_between_rollouts_only(base: Path, out: Path) -> None:
     trained(base, out, trainer={"save_steps": 3})
     steps = sorted(int(path.name.split("-")[1]) for path in (out / "checkpoints").glob("checkpoint-*"))
-    assert steps == [8, 12]  # due at 3, 6 and 9; the two newest are kept
+    assert steps == [4, 8, 12]  # due at 3, 6 and 9; the three newest are kept
 
 
 @pytest.mark.parametrize("name", [CRITIC_FILE, STATE_FILE, "adapter_model.safetensors", "optimizer.pt"])
