@@ -13,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from flows import models
+from flows.blind import app as blind
 from flows.data import app as data
 
 app = typer.Typer(
@@ -23,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data, name="data")
+app.add_typer(blind, name="compare-blind")
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as recipes/reviews.yaml.", metavar="RECIPE")]
 Assignments = Annotated[
@@ -72,6 +75,34 @@ def run(
 
     command = shlex.join([str(recipe), *(part for a in assignments or () for part in ("--set", a))])
     train(recipe=loaded, command=command, root=str(root))
+
+
+@app.command()
+def compare(
+    recipe: RecipePath,
+    methods: Annotated[
+        str, typer.Option(help="Names of policy.method, with commas; dpo@0.1 has a beta of its own.")
+    ] = "dpo,ppo,best-of-n",
+    betas: Annotated[
+        str, typer.Option(help="How strongly policies are held to their start, with commas.")
+    ] = "0.1,0.3,1",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting, with seeds from the recipe's on.")] = 1,
+    assignments: Assignments = None,
+) -> None:
+    """Run several methods, strengths and seeds, and draw gold score against distance from the start."""
+    from steps.comparison import strengths, variants
+    from steps.config import load
+    from steps.paths import Var, project_root
+
+    loaded = load(recipe, assignments or ())
+    usual, named = strengths(betas), [name.strip() for name in methods.split(",") if name.strip()]
+    variants(loaded, named, usual, seeds)  # says what is wrong before anything starts
+    root = project_root()
+    _environment(Var(root))
+    from flows.compare import compare as compare_flow
+
+    command = shlex.join([str(recipe), *(part for a in assignments or () for part in ("--set", a))])
+    compare_flow(loaded, named, usual, seeds, command=command, root=str(root))
 
 
 @app.command()
@@ -158,6 +189,9 @@ def doctor() -> None:
     typer.echo("all is well" if not bad else f"{bad} of {len(findings)} checks need your attention")
     if bad:
         raise typer.Exit(1)
+
+
+models.mount(app)
 
 
 def _show_plan(recipe, root: Path) -> None:

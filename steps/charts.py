@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from steps.artifact import CHART, Facts, open_artifact
 from steps.tracking import curves
@@ -40,24 +40,27 @@ def draw(folder: Path, step: str, inputs: Mapping[str, Path], facts: Facts) -> P
     """
     if step == "evaluate":
         return run_picture({**inputs, step: folder}, facts)
-    return step_chart(folder, step)
+    return step_chart(folder, step, facts)
 
 
-def step_chart(folder: Path, title: str) -> Path | None:
-    """The curves in a step's journal; None when it has none."""
+def step_chart(folder: Path, title: str, facts: Facts | None = None) -> Path | None:
+    """The curves in a step's journal, and a reward model's reliability; None when there are no curves."""
     found = curves(folder)
     panels = [panel for panel in PANELS if any({name, f"eval_{name}"} & found.keys() for name, _, _ in panel[1])]
     if not panels:
         return None
-    plt = _pyplot()
-    across, down = min(ACROSS, len(panels)), -(-len(panels) // ACROSS)
-    figure, axes = plt.subplots(down, across, figsize=(4.2 * across, 3.2 * down), squeeze=False)
+    bins = (facts or {}).get("reliability")
+    count = len(panels) + bool(bins)
+    across, down = min(ACROSS, count), -(-count // ACROSS)
+    figure, axes = new_figure(down, across, (4.2 * across, 3.2 * down), squeeze=False)
     for ax, (label, series, level) in zip(axes.flat, panels, strict=False):
         _panel(ax, found, label, series, level)
-    for ax in axes.flat[len(panels) :]:
+    if bins:
+        _reliability(axes.flat[len(panels)], bins)
+    for ax in axes.flat[count:]:
         ax.set_axis_off()
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    return _save(figure, folder / CHART)
+    return save_figure(figure, folder / CHART)
 
 
 def _pyplot():
@@ -79,7 +82,13 @@ def _pyplot():
     return plt
 
 
-def _save(figure, path: Path) -> Path:
+def new_figure(down: int, across: int, size: tuple[float, float], **options: Any):
+    """A figure in the project's style, and its axes."""
+    return _pyplot().subplots(down, across, figsize=size, **options)
+
+
+def save_figure(figure, path: Path) -> Path:
+    """Write a figure as PNG and let go of it."""
     # No date and no version inside: the same curves give the same bytes.
     figure.savefig(path, dpi=110, metadata={"Software": None})
     _pyplot().close(figure)
@@ -105,6 +114,18 @@ def _panel(ax: Axes, found: Curves, label: str, series, level: float | None) -> 
     ax.legend(frameon=False, fontsize=8)
 
 
+def _reliability(ax: Axes, bins: Sequence[Mapping[str, float]]) -> None:
+    """How often the reward model is right against how sure it is; on the line it is calibrated."""
+    sure = [part["predicted"] for part in bins]
+    right = [part["accuracy"] for part in bins]
+    bounds = [(part["accuracy"] - part["accuracy_low"], part["accuracy_high"] - part["accuracy"]) for part in bins]
+    spread = [[max(0.0, half) for half in side] for side in zip(*bounds, strict=True)]  # rounding may leave −1e-17
+    ax.plot((0.5, 1), (0.5, 1), color=GREY, linewidth=0.8, linestyle="--")
+    ax.errorbar(sure, right, spread, color=BLUE, marker="o", linewidth=1.2, capsize=2)
+    ax.set_title("held-out pairs: share right against how sure", fontsize=9, loc="left")
+    ax.set_xlabel("σ(difference of rewards)")
+
+
 def run_picture(folders: Mapping[str, Path], measured: Facts) -> Path:
     """One picture of a run: what the steps learnt, and whether people would prefer the result.
 
@@ -115,8 +136,7 @@ def run_picture(folders: Mapping[str, Path], measured: Facts) -> Path:
     import numpy as np
     import pandas as pd
 
-    plt = _pyplot()
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), width_ratios=(1, 1, 1, 1.25))
+    figure, axes = new_figure(1, 4, (15, 3.4), width_ratios=(1, 1, 1, 1.25))
     _panel(axes[0], curves(folders["sft"]), "SFT: loss on demonstrations", PANELS[0][1], None)
     reward = open_artifact(folders["reward"])
     accuracy = f"{reward.facts['accuracy']:.0%} of held-out pairs right" if reward else ""
@@ -128,19 +148,17 @@ def run_picture(folders: Mapping[str, Path], measured: Facts) -> Path:
     else:
         _panel(axes[2], tuned, "policy: implicit rewards", PANELS[1][1], 0.0)
     table = pd.read_parquet(folders["evaluate"] / "completions.parquet")
-    bins = np.linspace(
-        min(table["start_gold"].min(), table["policy_gold"].min()),
-        max(table["start_gold"].max(), table["policy_gold"].max()),
-        25,
-    )
-    axes[3].hist(table["start_gold"], bins, color=GREY, alpha=0.75, label="SFT start")
-    axes[3].hist(table["policy_gold"], bins, color=BLUE, alpha=0.65, label="tuned policy")
+    by, scale = ("gold", "rating on the human scale") if "start_gold" in table else ("reward", "reward model's score")
+    before, after = table[f"start_{by}"], table[f"policy_{by}"]
+    bins = np.linspace(min(before.min(), after.min()), max(before.max(), after.max()), 25)
+    axes[3].hist(before, bins, color=GREY, alpha=0.75, label="SFT start")
+    axes[3].hist(after, bins, color=BLUE, alpha=0.65, label="tuned policy")
     axes[3].set_title(
-        f"judge's rating of {measured['prompts']} answers: win rate {measured['win_rate']:.2f} "
+        f"scores of {measured['prompts']} answers: win rate {measured['win_rate']:.2f} "
         f"[{measured['win_rate_low']:.2f}, {measured['win_rate_high']:.2f}]",
         fontsize=9,
         loc="left",
     )
-    axes[3].set_xlabel("rating on the human scale")
+    axes[3].set_xlabel(scale)
     axes[3].legend(frameon=False, fontsize=8)
-    return _save(figure, folders["evaluate"] / CHART)
+    return save_figure(figure, folders["evaluate"] / CHART)

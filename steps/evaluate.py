@@ -1,26 +1,38 @@
-"""Did tuning help? Both models answer the same held-out prompts with the same seeds; a judge compares the answers."""
+"""Did tuning help? The step that lets policy, start, champion and people's own answers meet, and sums up what came."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steps.artifact import Facts
+from steps.artifact import MANIFEST, Facts, digest_file
+from steps.best_of_n import answers_drawn, curve
 from steps.config import Evaluate
+from steps.contest import CHAMPION, HUMAN, POLICY, START, Contest, Contestant, Scores
+from steps.divergence import divergence
 from steps.errors import DataError
-from steps.judges import GoldJudge
+from steps.intervals import bootstrap_interval
+from steps.judge_validation import validate
+from steps.judges import GoldJudge, make_judge, usage_facts
+from steps.length_control import length_controlled_win_rate
 from steps.models import ADAPTER, load_policy, load_reward_model, load_tokenizer
-from steps.sampling import sample
-from steps.statistics import distinct, wilson, win_rate
+from steps.paths import Var
+from steps.power import detectable_effect
+from steps.statistics import WinRate, best_of_n_kl, distinct, repetition, rouge, win_rate
 from steps.tracking import Tracker
 
-COMPLETIONS = "completions.parquet"
+COMPLETIONS, EVALUATION = "completions.parquet", "evaluation.json"
+GOLD, REWARD = "gold", "reward"
 
 
 @torch.no_grad()
@@ -59,75 +71,205 @@ def evaluate_policy(
     tracker: Tracker,
     champion: Path | None = None,
 ) -> Facts:
-    """Sample, judge, and say with what confidence the policy beats its start (and the champion, where there is one).
+    """Sample, judge, and say with what confidence the policy beats its start, its champion and people's own answers.
 
     Args:
         prompts: table of held-out prompts.
-        preferences: its held-out pairs tell how far the judge agrees with people.
-        gold: table of answer, score for the judge.
+        preferences: its held-out pairs tell how far the judge agrees with people, and hold people's own answers.
+        gold: table of answer, score that no training step saw; it may be empty where `evaluate.judge` is not `gold`.
         champion: directory that holds the champion's adapter.
 
     Raises:
         DataError: fewer held-out prompts than the recipe asks for.
     """
-    asked = list(pd.read_parquet(prompts)["prompt"].head(evaluate.prompts))
-    if len(asked) < evaluate.prompts:
+    asked = held_out_prompts(prompts, evaluate.prompts)
+    human = pd.read_parquet(preferences)
+    human = human[human["part"] == "held_out"]
+    tokenizer, proxy = load_tokenizer(base), load_reward_model(base, dtype, reward / ADAPTER)
+
+    def rewards(prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+        return reward_scores(proxy, tokenizer, prompts, answers)
+
+    scores: dict[str, Scores] = {REWARD: rewards}
+    by_people = GoldJudge.from_table(gold) if pq.read_metadata(gold).num_rows else None
+    if by_people is not None:
+        scores[GOLD] = by_people.score
+    judge = make_judge(
+        evaluate,
+        gold=by_people,
+        reward_scores=rewards,
+        reward_identity=digest_file(reward / MANIFEST),
+        verdicts=Var().folder("verdicts") if evaluate.judge == "llm" else out,
+    )
+    folders = {START: sft, POLICY: policy, **({} if champion is None else {CHAMPION: champion})}
+    models = {
+        name: Contestant(load_policy(base, dtype, folder / ADAPTER), answers_drawn(folder / ADAPTER))
+        for name, folder in folders.items()
+    }
+    own_words = human.drop_duplicates("prompt").set_index("prompt")["chosen"].to_dict()
+    contest = Contest(evaluate, models, tokenizer, own_words, judge, scores, seed, tracker)
+
+    report = validate(judge, human.head(evaluate.judge_pairs or len(human)))
+    table = contest.hold(asked)
+    table.to_parquet(out / COMPLETIONS, index=False)
+    facts = {
+        "judge": evaluate.judge,
+        "confidence": evaluate.confidence,
+        **report.facts(),
+        **comparisons(table, evaluate, seed),
+        **about_answers(table, evaluate),
+        **moved(contest, table, evaluate),
+        **at_temperatures(contest, table, evaluate),
+        **best_of(contest, table),
+        **usage_facts(judge),
+    }
+    if evaluate.stop_early:
+        facts["win_rate_low"], facts["win_rate_high"] = contest.test.interval
+    if GOLD in scores:
+        trace(policy, scores, tracker)
+    tracker.metrics({name: value for name, value in facts.items() if isinstance(value, float | int)}, 0)
+    (out / EVALUATION).write_text(json.dumps(facts, indent=1), encoding="utf-8")  # so that the gate's key sees them
+    return facts
+
+
+def held_out_prompts(prompts: Path, count: int) -> list[str]:
+    """The first prompts of the table.
+
+    Raises:
+        DataError: there are fewer.
+    """
+    asked = list(pd.read_parquet(prompts)["prompt"].head(count))
+    if len(asked) < count:
         raise DataError(
             "too few held-out prompts",
             where=str(prompts),
-            have=f"{len(asked)}, the recipe asks for {evaluate.prompts}",
+            have=f"{len(asked)}, the recipe asks for {count}",
             then=f"lower evaluate.prompts to {len(asked)}, or add data",
         )
-    tokenizer = load_tokenizer(base)
-    contestants = {"start": sft / ADAPTER, "policy": policy / ADAPTER}
-    if champion is not None:
-        contestants["champion"] = champion / ADAPTER
-    table = pd.DataFrame({"prompt": asked})
-    for name, adapter in contestants.items():
-        model = load_policy(base, dtype, adapter)
-        table[name], table[f"{name}_tokens"] = sample(model, tokenizer, asked, evaluate, seed, tracker, name)
+    return asked
 
-    tracker.progress("judging", 0, 1)
-    ratings = pd.read_parquet(gold)
-    judge = GoldJudge(list(ratings["answer"]), list(ratings["score"]))
-    proxy = load_reward_model(base, dtype, reward / ADAPTER)
-    for name in contestants:
-        table[f"{name}_gold"] = judge.score(list(table[name]))
-        table[f"{name}_reward"] = reward_scores(proxy, tokenizer, asked, list(table[name]))
-    table.to_parquet(out / COMPLETIONS, index=False)
-    tracker.progress("judging", 1, 1)
 
-    human = pd.read_parquet(preferences)
-    human = human[human["part"] == "held_out"]
-    judge_accuracy = judge.accuracy(human)
-    judge_low, judge_high = wilson(judge_accuracy * len(human), len(human))
-    verdict = win_rate(table["policy_gold"], table["start_gold"], evaluate.confidence)
-    by_reward = win_rate(table["policy_reward"], table["start_reward"], evaluate.confidence)
+def comparisons(table: pd.DataFrame, evaluate: Evaluate, seed: int) -> Facts:
+    """Win rates of the policy, by the judge and by the reward model, with all that says how far to trust them."""
+    over_start = table[f"over_{START}"].dropna().to_numpy()
+    verdict = won(over_start, evaluate.confidence)
+    low, high = bootstrap_interval(over_start, confidence=evaluate.confidence, seed=seed)
+    by_reward = win_rate(table[f"{POLICY}_{REWARD}"], table[f"{START}_{REWARD}"], evaluate.confidence)
+    judged = table[table[f"over_{START}"].notna()]
+    controlled = length_controlled_win_rate(
+        over_start, judged[f"{POLICY}_tokens"], judged[f"{START}_tokens"], confidence=evaluate.confidence, seed=seed
+    )
     facts = {
-        **{f"win_rate_{name}": value for name, value in asdict(verdict).items() if name != "rate"},
-        "win_rate": verdict.rate,
+        "prompts": len(table),
+        "without_verdict": len(table) - len(over_start),
+        **rates("win_rate", verdict),
+        "win_rate_bootstrap_low": low,
+        "win_rate_bootstrap_high": high,
+        "win_rate_length_controlled": controlled.rate,
+        "win_rate_length_controlled_low": controlled.low,
+        "win_rate_length_controlled_high": controlled.high,
         "win_rate_by_reward": by_reward.rate,
-        "confidence": evaluate.confidence,
-        "judge": evaluate.judge,
-        "judge_accuracy": judge_accuracy,
-        "judge_accuracy_low": judge_low,
-        "judge_accuracy_high": judge_high,
-        "prompts": len(asked),
-        "length_ratio": float(table["policy_tokens"].mean() / max(table["start_tokens"].mean(), 1e-9)),
     }
-    for name in contestants:
-        facts |= {
-            f"{name}_tokens": float(table[f"{name}_tokens"].mean()),
-            f"{name}_gold": float(table[f"{name}_gold"].mean()),
-            f"{name}_reward": float(table[f"{name}_reward"].mean()),
-            f"{name}_distinct_2": distinct(list(table[name]), 2),
-            f"{name}_ended": float((table[f"{name}_tokens"] < evaluate.max_new_tokens).mean()),
-        }
-    if champion is not None:
-        duel = win_rate(table["policy_gold"], table["champion_gold"], evaluate.confidence)
-        facts |= {
-            "champion_win_rate": duel.rate,
-            "champion_win_rate_low": duel.low,
-            "champion_win_rate_high": duel.high,
-        }
+    with suppress(ValueError):  # so few prompts that no effect could be seen
+        facts["detectable_effect"] = detectable_effect(len(over_start), confidence=evaluate.confidence)
+    for rival in (CHAMPION, HUMAN):
+        if f"over_{rival}" in table and len(met := table[f"over_{rival}"].dropna()):
+            facts |= {**rates(f"{rival}_win_rate", won(met.to_numpy(), evaluate.confidence))}
     return facts
+
+
+def won(preferences: np.ndarray, confidence: float) -> WinRate:
+    """The win rate in verdicts of 1, ½ and 0."""
+    return win_rate(preferences, 1 - preferences, confidence)
+
+
+def rates(name: str, found: WinRate) -> Facts:
+    """A win rate as facts: NAME, NAME_low, NAME_high, NAME_wins, …"""
+    return {name: found.rate, **{f"{name}_{part}": value for part, value in asdict(found).items() if part != "rate"}}
+
+
+def about_answers(table: pd.DataFrame, evaluate: Evaluate) -> Facts:
+    """Length, variety and scores of each model's answers; their overlap with people's own, where it is asked for."""
+    facts: Facts = {}
+    for name in (name for name in (START, POLICY, CHAMPION) if name in table):
+        texts, tokens = list(table[name]), table[f"{name}_tokens"]
+        facts |= {
+            f"{name}_tokens": float(tokens.mean()),
+            f"{name}_ended": float((tokens < evaluate.max_new_tokens).mean()),
+            f"{name}_distinct_2": distinct(texts, 2),
+            f"{name}_repetition": repetition(texts, 3),
+        }
+        facts |= {
+            f"{name}_{kind}": float(table[f"{name}_{kind}"].mean())
+            for kind in (GOLD, REWARD)
+            if f"{name}_{kind}" in table
+        }
+        if evaluate.rouge and len(referenced := table[table[HUMAN].notna()]):
+            found = rouge(list(referenced[name]), list(referenced[HUMAN]))
+            facts |= {f"{name}_{measure}": value for measure, value in found.items()}
+    for kind in (GOLD, REWARD):
+        if f"{POLICY}_{kind}" in table:
+            gains = table[f"{POLICY}_{kind}"] - table[f"{START}_{kind}"]
+            facts |= {f"{kind}_gain": float(gains.mean()), f"{kind}_gain_error": float(gains.sem())}
+    for name, fact in (("length_ratio", "tokens"), ("distinct_ratio", "distinct_2")):
+        facts[name] = facts[f"{POLICY}_{fact}"] / max(facts[f"{START}_{fact}"], 1e-9)
+    return facts
+
+
+def moved(contest: Contest, table: pd.DataFrame, evaluate: Evaluate) -> Facts:
+    """KL of the policy to its start, on some of the answers it was just judged by; for best of n its bound."""
+    if (n := contest.models[POLICY].best_of) > 1:
+        return {"policy_kl": best_of_n_kl(n)}
+    count = min(evaluate.kl_prompts, len(table))
+    if not count:
+        return {}
+    contest.tracker.progress("KL", 0, count)
+    asked = contest.tokenizer(list(table["prompt"].head(count)))["input_ids"]
+    models, pad = contest.models, contest.tokenizer.pad_token_id
+    policy, start = models[POLICY].model, models[START].model
+    found = divergence(policy, start, asked, contest.drawn[:count], evaluate.temperature, pad)
+    contest.tracker.progress("KL", count, count)
+    return {
+        "policy_kl": found.k1,
+        "policy_kl_error": found.error,
+        "policy_kl_k3": found.k3,
+        "policy_kl_full": found.full,
+    }
+
+
+def at_temperatures(contest: Contest, table: pd.DataFrame, evaluate: Evaluate) -> Facts:
+    """The win rate at further temperatures: a policy that wins at one only has learnt to be sharp."""
+    facts: Facts = {}
+    for temperature in evaluate.temperatures:
+        asked = list(table["prompt"])
+        said = {name: contest.ask(name, asked, temperature=temperature).texts for name in (START, POLICY)}
+        preferences = contest.preferences(pd.DataFrame({"prompt": asked, **said}), START).dropna()
+        found = won(preferences.to_numpy(), evaluate.confidence)
+        name = f"win_rate_at_{temperature:g}"
+        facts |= {name: found.rate, f"{name}_low": found.low, f"{name}_high": found.high}
+    return facts
+
+
+def best_of(contest: Contest, table: pd.DataFrame) -> Facts:
+    """Where the policy is the best of n: what smaller n would have come to, from the same candidates."""
+    scored = contest.candidates
+    if not scored:
+        return {}
+    kind = GOLD if GOLD in scored else REWARD
+    beaten = table[f"{START}_{kind}"].to_numpy()[:, None]
+    wins = np.sign(scored[kind] - beaten) / 2 + 0.5
+    return {"best_of": curve(scored[REWARD], {**scored, "win_rate": wins})}
+
+
+def trace(policy: Path, scores: Mapping[str, Scores], tracker: Tracker) -> None:
+    """Gold and proxy score of the answers drawn while the policy was trained: where they part, it learnt to please.
+
+    The policy's training saw the reward model only; this looks at its notes afterwards.
+    """
+    with suppress(OSError, ValueError, KeyError):
+        notes: dict[str, Any] = json.loads((policy / "samples.json").read_text(encoding="utf-8"))
+        drawn = pd.DataFrame(notes["data"], columns=notes["columns"])
+        for step, rows in drawn.groupby("step"):
+            gold = scores[GOLD](list(rows["prompt"]), list(rows["answer"]))
+            values = {"samples/gold": float(gold.mean()), "samples/reward": float(rows["reward"].mean())}
+            tracker.metrics(values, int(step))

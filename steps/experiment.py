@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
@@ -9,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -45,7 +47,12 @@ HEADLINES: dict[str, tuple[str, ...]] = {
         "win_rate_low",
         "win_rate_high",
         "win_rate_by_reward",
+        "win_rate_length_controlled",
+        "human_win_rate",
         "length_ratio",
+        "policy_kl",
+        "policy_gold",
+        "policy_reward",
         "judge_accuracy",
         "champion_win_rate",
         "champion_win_rate_low",
@@ -73,10 +80,21 @@ class Experiment:
         root: the project.
         console: where people look.
         tags: what the orchestrator wants written down, such as its own run's id.
+        parent: folder of the run this one is a part of.
+        meets_champion: whether the evaluation lets the policy meet the champion.
     """
 
-    def __init__(self, recipe: Recipe, root: Path, console: Console, tags: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        root: Path,
+        console: Console,
+        tags: Mapping[str, str] | None = None,
+        parent: Path | None = None,
+        meets_champion: bool = True,
+    ) -> None:
         self.recipe, self.root, self.console = recipe, root, console
+        self.parent, self.meets_champion = parent, meets_champion
         self.tags = dict(tags or {})
         self.var = Var(root)
         self.store = Store(self.var.folder("store"))
@@ -93,14 +111,7 @@ class Experiment:
     def folder(self) -> Path:
         """Where this run's report goes; made, with the start of its journal, when it is first asked for."""
         if self._folder is None:
-            runs = self.var.folder("runs")
-            stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-            folder = runs / f"{stamp}-{self.recipe.name}"
-            number = 1
-            while folder.exists():
-                number += 1
-                folder = runs / f"{stamp}-{self.recipe.name}-{number}"
-            folder.mkdir()
+            folder = new_folder(self.var, self.recipe.name)
             recipe = self.recipe.model_dump(mode="json")
             (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
             tags = {
@@ -109,7 +120,9 @@ class Experiment:
                 "prefloop.machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
                 **self.tags,
             }
-            tracking.append(folder, "start", name=folder.name, experiment=self.recipe.name, parent=None, tags=tags)
+            parent = str(self.parent) if self.parent else None
+            name = self.tags.get("prefloop.variant", folder.name)
+            tracking.append(folder, "start", name=name, experiment=self.recipe.name, parent=parent, tags=tags)
             tracking.append(folder, "params", values=flat(self.recipe.used()))
             tracking.append(folder, "artifact", path="recipe.yaml")
             self._folder = folder
@@ -216,9 +229,13 @@ class Experiment:
         if again:
             self.store.forget(self.spec(name))
         outcome = self.run(name)
+        self.close()
+        return outcome
+
+    def close(self) -> None:
+        """Close the books on a run that ends without a report."""
         tracking.append(self.folder, "end", status="FINISHED")
         self._forward(self.folder)
-        return outcome
 
     def _end(self, status: str, partial: Path | None = None) -> None:
         """Close this run's books, and those of the step it was in."""
@@ -248,14 +265,21 @@ class Experiment:
             tracking.append(self.folder, "metrics", step=0, values=row)
         run_id = self.forwarder.run_id(artifact.path) or "not sent yet"
         how = "reused" if outcome.reused else "run"
-        tracking.append(self.folder, "tags", values={f"step.{name}": f"{how} {artifact.key}, MLflow run {run_id}"})
+        alarms = artifact.facts.get("alarms", ())
+        tags = {f"alarm.{alarm['name']}": f"{alarm['action']} in {name}: {alarm['message']}" for alarm in alarms}
+        tags[f"step.{name}"] = f"{how} {artifact.key}, MLflow run {run_id}"
+        tracking.append(self.folder, "tags", values=tags)
         self._forward(self.folder)
         self._say(name, "reused" if outcome.reused else "done", outcome.seconds, report.headline(name, artifact.facts))
+        for alarm in alarms:
+            self._say("", "alarm", None, f"{alarm['name']} ({alarm['action']}): {alarm['message']}")
 
     def _find_champion(self) -> None:
         """Let the evaluation meet the champion, unless the policy is the champion itself."""
+        if not self.meets_champion:
+            return
         self._champion = registry.champion(self.forwarder.client, self.recipe.name)
-        if self._champion is None or self._champion.tags.get("policy_digest") == self.known["policy"].digest:
+        if self._champion is None or self._champion.tags.get("policy_digest") == self._policy_digest():
             return
         if self._champion.tags.get("base_digest") != self.known["base"].digest:
             raise PrefloopError(
@@ -266,6 +290,9 @@ class Experiment:
             )
         folder = registry.fetch_adapter(self.forwarder.client, self._champion, self.var.folder("champions"))
         self.known["champion"] = Input(folder, str(self._champion.tags["policy_digest"]))
+
+    def _policy_digest(self) -> str:
+        return registry.adapter_digest(self.known["policy"].path)
 
     def register(self) -> registry.Version:
         """Put the policy into the model registry; the gate's verdict decides its alias.
@@ -285,7 +312,7 @@ class Experiment:
             registry.champion(self.forwarder.client, self.recipe.name)  # raises, saying what is wrong
         assert self.data is not None
         tags = {
-            "policy_digest": policy.digest,
+            "policy_digest": self._policy_digest(),
             "evaluation": self.outcomes["evaluate"].artifact.key,
             "base": self.recipe.model.base,
             "base_digest": self.known["base"].digest,
@@ -421,8 +448,21 @@ class Experiment:
             for table in tables
         ]
 
-    def _say(self, name: str, how: str, seconds: float, line: str) -> None:
-        self.console.print(f"{name:<9} [dim]{how:<8}[/] {seconds:6.1f} s  {line}", highlight=False, soft_wrap=True)
+    def _say(self, name: str, how: str, seconds: float | None, line: str) -> None:
+        took = " " * 8 if seconds is None else f"{seconds:6.1f} s"
+        style = "yellow" if how == "alarm" else "dim"
+        self.console.print(f"{name:<9} [{style}]{how:<8}[/] {took}  {line}", highlight=False, soft_wrap=True)
+
+
+def new_folder(var: Var, name: str) -> Path:
+    """A folder for one run's report, named by time."""
+    stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    for number in itertools.count(1):
+        folder = var.folder("runs") / (stamp if number == 1 else f"{stamp}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError
 
 
 def is_number(value: Any) -> bool:

@@ -33,8 +33,9 @@ class Var:
     """The git-ignored state of one project.
 
     `mlflow.db`, `mlflow-artifacts/` (tracking), `store/` (step artifacts), `runs/` (reports), `champions/` (fetched
-    adapters), `prefect/` (Prefect's home), `downloads/` (fetched sources), `logs/` and `ui.json` (the servers'), and
-    by default `dvc-remote/`.
+    adapters), `prefect/` (Prefect's home), `downloads/` (fetched sources), `logs/` and `ui.json` (the servers'),
+    `verdicts/` (what judges that cost something said), `blind/` (which side is which in what people
+    compare), and by default `dvc-remote/`.
     """
 
     def __init__(self, root: Path | None = None) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from steps import alarms
 from steps.config import Recipe
 from steps.run import Input, StepSpec
 
@@ -22,18 +23,20 @@ class Step:
         config: argument name → dotted path in the recipe.
         inputs: argument name → an earlier step, or `data/TABLE`, or `source` (the base model's files).
         optional: inputs that may be absent.
+        random: whether the recipe's seed matters to it; what does not draw is shared by all seeds.
     """
 
     function: str
     config: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
+    random: bool = True
 
 
 _ADAPTED = {"lora": "model.lora", "dtype": "model.dtype"}
 
 STEPS: dict[str, Step] = {
-    "base": Step("steps.base:prepare_base", {"name": "model.base"}, {"source": "source"}),
+    "base": Step("steps.base:prepare_base", {"name": "model.base"}, {"source": "source"}, random=False),
     "sft": Step(
         "steps.sft:train_sft", {"sft": "sft", **_ADAPTED}, {"base": "base", "demonstrations": "data/demonstrations"}
     ),
@@ -57,7 +60,12 @@ STEPS: dict[str, Step] = {
         },
         optional=frozenset({"champion"}),
     ),
-    "gate": Step("steps.gate:judge_evaluation", {"gate": "gate"}, {"evaluate": "evaluate"}),
+    "gate": Step(
+        "steps.gate:judge_evaluation",
+        {"gate": "gate"},
+        {name: name for name in ("evaluate", "reward", "policy")},
+        random=False,
+    ),
 }
 
 _FROM_REWARD = {"base": "base", "sft": "sft", "reward": "reward", "preferences": "data/preferences"}
@@ -76,6 +84,7 @@ POLICIES: dict[str, Step] = {
     ),
     "rloo": Step("steps.group_policy:tune_by_rloo", {"rloo": "policy.rloo", "dtype": "model.dtype"}, _FROM_REWARD),
     "grpo": Step("steps.group_policy:tune_by_grpo", {"grpo": "policy.grpo", "dtype": "model.dtype"}, _FROM_REWARD),
+    "best_of_n": Step("steps.best_of_n:tune_policy", {"best_of_n": "policy.best_of_n"}, {"sft": "sft"}),
 }
 
 TABLES = ("demonstrations", "preferences", "prompts", "gold")
@@ -116,12 +125,15 @@ def spec(name: str, recipe: Recipe, known: Mapping[str, Input]) -> StepSpec:
     wanted = {
         argument: given for argument, given in step.inputs.items() if given in known or given not in step.optional
     }
+    settings = {argument: _at(recipe, path) for argument, path in step.config.items()}
+    if name in alarms.OF_STEP:
+        settings["alarms"] = alarms.of_step(name, recipe.alarms).model_dump(mode="json")
     return StepSpec(
         step=name,
         function=step.function,
-        config={argument: _at(recipe, path) for argument, path in step.config.items()},
+        config=settings,
         inputs={argument: known[given] for argument, given in wanted.items()},
-        seed=recipe.seed,
+        seed=recipe.seed if step.random else 0,
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+AUDIT = "audit."  # tags of the registered model: one for each change of champion
+ROLLED_BACK = "rolled_back"  # tag of a version that was champion and that people took down
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ def register(
 ) -> Version:
     """Register a run's model, once for each policy and evaluation, and set its alias.
 
+    A version that people took down stays down, whatever the gate says.
+
     Args:
         artifact_path: where the model lies among the run's artifacts.
         tags: must hold `verdict`, and `policy_digest` and `evaluation`, which say whether this was registered before.
@@ -81,7 +87,6 @@ def register(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    alias = CHAMPION if promote else CHALLENGER
     for known in client.search_model_versions(f"name='{name}'"):
         if all(known.tags.get(tag) == str(tags[tag]) for tag in ("policy_digest", "evaluation")):
             version = known
@@ -92,11 +97,80 @@ def register(
         version = client.create_model_version(
             name, source, run_id, tags={k: str(v) for k, v in tags.items()}, description=description
         )
-    if promote and str(version.version) == _holder(client, name, CHALLENGER):
+    number = str(version.version)
+    if promote and ROLLED_BACK not in version.tags:
+        _crown(client, name, number, "gate", str(tags["verdict"]))
+    elif number != _holder(client, name, CHAMPION):
+        client.set_registered_model_alias(name, CHALLENGER, number)
+    return Version(name, number, str(version.run_id), dict(version.tags))
+
+
+def promote(client: MlflowClient, name: str, version: str, because: str, who: str) -> None:
+    """Make a version the champion by hand.
+
+    Raises:
+        PrefloopError: there is no such version.
+    """
+    known = {str(found.version) for found in client.search_model_versions(f"name='{name}'")}
+    if version not in known:
+        raise PrefloopError(
+            f"there is no version {version} of '{name}'",
+            where=f"models:/{name}",
+            have=f"versions {', '.join(sorted(known, key=int))}" if known else "no model of that name",
+            then=f"`prefloop history {name}` shows what there is" if known else "`prefloop run` registers models",
+        )
+    if ROLLED_BACK in client.get_model_version(name, version).tags:
+        client.delete_model_version_tag(name, version, ROLLED_BACK)
+    _crown(client, name, version, who, because)
+
+
+def rollback(client: MlflowClient, name: str, because: str, who: str) -> str:
+    """Make the champion before the present one champion again; its version.
+
+    The gate does not promote the one that was taken down again; people may.
+
+    Raises:
+        PrefloopError: there was none.
+    """
+    now, changes = _holder(client, name, CHAMPION), history(client, name)
+    raised = [change for change in changes if change["to"] == now and change["how"] == "promote"]
+    before = raised[-1]["from"] if raised else None
+    if now is None or before is None:
+        raise PrefloopError(
+            "there is no champion to go back to",
+            where=f"models:/{name}",
+            have=f"version {now} is the first one" if now else "no champion at all",
+            then=f"`prefloop history {name}` shows what there was; `prefloop promote {name} VERSION` chooses one",
+        )
+    client.set_model_version_tag(name, now, ROLLED_BACK, because[:4000])
+    _crown(client, name, before, who, because, how="rollback")
+    return before
+
+
+def history(client: MlflowClient, name: str) -> list[dict[str, Any]]:
+    """Every change of champion, the oldest first: time, how (promote or rollback), who, from, to, because."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tags = client.get_registered_model(name).tags
+    except MlflowException as error:
+        raise PrefloopError(
+            f"there is no model '{name}'", where="the registry", then="`prefloop run` registers models"
+        ) from error
+    return [json.loads(value) for tag, value in sorted(tags.items()) if tag.startswith(AUDIT)]
+
+
+def _crown(client: MlflowClient, name: str, version: str, who: str, because: str, how: str = "promote") -> None:
+    """Set the champion; the audit trail, kept as tags of the registered model, is written before it changes."""
+    before = _holder(client, name, CHAMPION)
+    if before != version:
+        time = datetime.now(UTC)
+        entry = {"time": time.isoformat(timespec="seconds"), "how": how, "who": who, "from": before, "to": version}
+        record = json.dumps({**entry, "because": because[:4000]}, ensure_ascii=False)
+        client.set_registered_model_tag(name, f"{AUDIT}{time:%Y%m%dT%H%M%S%f}", record)
+        client.set_registered_model_alias(name, CHAMPION, version)
+    if version == _holder(client, name, CHALLENGER):
         client.delete_registered_model_alias(name, CHALLENGER)
-    if promote or str(version.version) != _holder(client, name, CHAMPION):
-        client.set_registered_model_alias(name, alias, version.version)
-    return Version(name, str(version.version), str(version.run_id), dict(version.tags))
 
 
 def _holder(client: MlflowClient, name: str, alias: str) -> str | None:
@@ -130,5 +204,6 @@ def fetch_adapter(client: MlflowClient, version: Version, into: Path) -> Path:
 
 
 def adapter_digest(folder: Path) -> str:
-    """The digest a policy's artifact has: over the names and bytes of its files."""
-    return digest_json({name: digest_file(path) for name, path in payload(folder).items()})
+    """Over the names and bytes of a policy's weights, whatever notes stand beside them."""
+    files = {name: path for name, path in payload(folder).items() if name.startswith("adapter/")}
+    return digest_json({name: digest_file(path) for name, path in files.items()})

@@ -34,6 +34,8 @@ def headline(name: str, facts: Mapping[str, Any]) -> str:
             f"[{facts['accuracy_low']:.2f}, {facts['accuracy_high']:.2f}]"
         )
     if name == "policy":
+        if facts["method"] == "best_of_n":
+            return f"the best of {facts['n']} answers, at most {facts['kl_bound']:.1f} nats from the start"
         if "reward" in facts:
             kl = f", KL {facts['kl']:.1f} nats" if "kl" in facts else ""
             return (
@@ -73,11 +75,28 @@ def findings(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
         f"start in {measured['win_rate']:.1%} ({measured['confidence']:.0%} interval {measured['win_rate_low']:.1%} to "
         f"{measured['win_rate_high']:.1%}; {measured['win_rate_wins']} wins, {measured['win_rate_ties']} ties, "
         f"{measured['win_rate_losses']} losses). The reward model prefers it in {measured['win_rate_by_reward']:.1%}.",
-        f"The judge was fitted on ratings no training step saw; it orders {measured['judge_accuracy']:.1%} of held-out "
-        f"human pairs as people did.",
+        judge_in_words(measured),
         f"Answers have {measured['policy_tokens']:.1f} tokens on average, the start's {measured['start_tokens']:.1f} "
         f"(× {measured['length_ratio']:.2f}).",
     ]
+    if "win_rate_length_controlled" in measured:
+        said.append(
+            f"Were all answers equally long, the win rate would be {measured['win_rate_length_controlled']:.1%} "
+            f"({measured['win_rate_length_controlled_low']:.1%} to {measured['win_rate_length_controlled_high']:.1%})."
+        )
+    for rival, words in (("champion", "the champion's"), ("human", "those people chose in the data")):
+        if f"{rival}_win_rate" in measured:
+            said.append(
+                f"Its answers win {measured[f'{rival}_win_rate']:.1%} against {words} "
+                f"({measured[f'{rival}_win_rate_low']:.1%} to {measured[f'{rival}_win_rate_high']:.1%})."
+            )
+    if "policy_kl_full" in measured:
+        said.append(f"The policy is {measured['policy_kl_full']:.1f} nats an answer away from its start.")
+    if "detectable_effect" in measured and measured["win_rate_low"] <= 0.5 <= measured["win_rate_high"]:
+        said.append(
+            f"It is not known which of the two is better: {measured['prompts']} prompts would show a rise of "
+            f"{100 * measured['detectable_effect']:.0f} points or more in four cases of five."
+        )
     if not 0.8 <= measured["length_ratio"] <= 1.2:
         said.append("Length moved by more than 20 %: part of the win may be length.")
     if measured["policy_distinct_2"] < 0.7 * measured["start_distinct_2"]:
@@ -94,6 +113,21 @@ def findings(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"more weight on an sft loss (loss_type [sigmoid, sft]), holds the chosen answers up."
         )
     return said
+
+
+def judge_in_words(measured: Mapping[str, Any]) -> str:
+    """Who judged, and how far that judge agrees with people."""
+    of = {
+        "gold": "The judge was fitted on ratings no training step saw; it",
+        "reward": "The judge is the reward model the policy may have been tuned against, so it flatters; it",
+        "llm": "The judge is a language model, asked in both orders; it",
+    }
+    said = f"{of[measured['judge']]} orders {measured['judge_accuracy']:.1%} of held-out human pairs as people did"
+    if measured.get("judge_swap_consistency", 1) < 1:
+        said += f", and {measured['judge_swap_consistency']:.1%} of its verdicts stay when the answers change places"
+    if measured.get("judge_ceiling"):
+        said += f" (one person: {measured['judge_ceiling']:.1%})"
+    return said + "."
 
 
 def printable(text: str) -> str:

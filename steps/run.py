@@ -23,6 +23,7 @@ from steps.artifact import Artifact, Facts, digest_json, open_artifact, seal
 from steps.errors import PrefloopError, StepFailed
 
 PARTIAL = ".partial"
+ALARMS = "alarms.json"
 KEY_LENGTH = 16
 
 
@@ -139,8 +140,14 @@ def execute(partial: Path) -> None:
     module, _, name = spec.function.partition(":")
     function = getattr(importlib.import_module(module), name)
     sections = {name: config.section(name, value) for name, value in spec.config.items()}
+    tracker = Spool(partial, sections.pop("alarms", None))  # no step looks for alarms itself
     inputs = {name: given.path for name, given in spec.inputs.items()}
-    facts: Facts = function(**sections, **inputs, seed=spec.seed, out=partial, tracker=Spool(partial))
+    facts: Facts = function(**sections, **inputs, seed=spec.seed, out=partial, tracker=tracker)
+    if alarms := tracker.watch.facts():
+        facts["alarms"] = alarms
+        (partial / ALARMS).write_text(
+            json.dumps(alarms, indent=1), encoding="utf-8"
+        )  # so that the gate's key sees them
     (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     charts.draw(partial, spec.step, inputs, facts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -98,6 +99,21 @@ def _ended(tokens: list[int], ends: Sequence[int]) -> list[int]:
     return tokens[: end + 1]
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a model said.
+
+    Attributes:
+        texts: without the end token, stripped.
+        lengths: (n,) in tokens, the end token not counted.
+        tokens: as drawn, the end token included.
+    """
+
+    texts: list[str]
+    lengths: np.ndarray
+    tokens: list[list[int]]
+
+
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -106,23 +122,24 @@ def sample(
     seed: int,
     tracker: Tracker,
     label: str,
-) -> tuple[list[str], np.ndarray]:
-    """One answer to each prompt, drawn at the configured temperature from the whole vocabulary.
+    temperature: float | None = None,
+    place: int = 0,
+) -> Answers:
+    """One answer to each prompt, drawn from the whole vocabulary.
 
-    Returns:
-        the answers, and (n,) their lengths in tokens, the end token not counted.
+    Args:
+        temperature: the configured one when not given.
+        place: number of the first prompt; a prompt's random numbers go by its number.
     """
     model.eval()
     end = tokenizer.eos_token_id
-    answers: list[str] = []
-    lengths: list[int] = []
+    drawn: list[list[int]] = []
     for first in range(0, len(prompts), config.batch_size):
         tracker.progress(label, first, len(prompts))
         asked = tokenizer(list(prompts[first : first + config.batch_size]))["input_ids"]
-        numbers = uniforms_of(seed, first, len(asked), config.max_new_tokens)
-        for tokens in draw_tokens(model, asked, numbers, config.temperature, [end], tokenizer.pad_token_id):
-            said = tokens[:-1] if tokens[-1] == end else tokens
-            answers.append(tokenizer.decode(said, skip_special_tokens=True).strip())
-            lengths.append(len(said))
+        numbers = uniforms_of(seed, place + first, len(asked), config.max_new_tokens)
+        drawn += draw_tokens(model, asked, numbers, temperature or config.temperature, [end], tokenizer.pad_token_id)
     tracker.progress(label, len(prompts), len(prompts))
-    return answers, np.array(lengths)
+    said = [tokens[:-1] if tokens and tokens[-1] == end else tokens for tokens in drawn]
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in said]
+    return Answers(texts, np.array([len(tokens) for tokens in said]), drawn)

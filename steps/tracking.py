@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import FileLock
 
+from steps.alarms import QUIET, Raised, Watch
+from steps.config import Alarms
 from steps.errors import EnvironmentProblem
 from steps.paths import Var
 
@@ -39,9 +41,15 @@ class Tracker(Protocol):
 
     def table(self, name: str, step: int, columns: Mapping[str, list]) -> None: ...
 
+    @property
+    def stops_at(self) -> int | None:
+        """The training step an alarm wants the training to end at, or None."""
+
 
 class NullTracker:
     """Says nothing to anybody."""
+
+    stops_at: int | None = None
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         pass
@@ -89,22 +97,36 @@ class Spool:
 
     A resumed step repeats training steps it has already reported. Training is bit-identical on resume, so the first
     report stands and a repeated one is dropped.
+
+    Args:
+        alarms: looked for in all that is reported; one that goes off is a metric and a tag of the run at once.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, alarms: Alarms | None = None) -> None:
         self.folder = folder
-        self.reported = {
-            (entry["step"], name)
-            for _, entry in entries(folder)
-            if entry["op"] == "metrics"
-            for name in entry["values"]
-        }
+        self.reported: set[tuple[int, str]] = set()
+        self.watch = Watch(alarms or QUIET)
+        for _, entry in entries(folder):
+            if entry["op"] == "metrics":
+                self._see(entry["values"], entry["step"])
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         fresh = {name: float(value) for name, value in values.items() if (step, name) not in self.reported}
-        if fresh:
-            self.reported |= {(step, name) for name in fresh}
-            append(self.folder, "metrics", step=step, values=fresh)
+        if not fresh:
+            return
+        raised = self._see(fresh, step)
+        append(self.folder, "metrics", step=step, values=fresh)
+        for alarm in raised:
+            append(self.folder, "metrics", step=step, values={f"alarm/{alarm.name}": alarm.value})
+            append(self.folder, "tags", values={f"alarm.{alarm.name}": f"{alarm.action} at {step}: {alarm.message}"})
+
+    def _see(self, values: Mapping[str, float], step: int) -> list[Raised]:
+        self.reported |= {(step, name) for name in values}
+        return self.watch.see(values, step)
+
+    @property
+    def stops_at(self) -> int | None:
+        return self.watch.stops_at
 
     def progress(self, phase: str, done: int, total: int, values: Mapping[str, float] | None = None) -> None:
         temporary = self.folder / "progress.json.tmp"

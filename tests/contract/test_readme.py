@@ -91,7 +91,7 @@ def test_every_prefloop_command_is_in_the_readme() -> None:
     from flows.cli import app
 
     names = {command.name or command.callback.__name__ for command in app.registered_commands}
-    assert names == {"run", "step", "check", "ui", "doctor"}
+    assert names == {"run", "compare", "step", "check", "ui", "doctor", "promote", "rollback", "history"}
     for name in names:
         assert f"prefloop {name}" in README
 

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from steps.artifact import seal
 from steps.errors import EnvironmentProblem, PrefloopError
-from steps.registry import Version, adapter_digest, champion, fetch_adapter, register
+from steps.registry import Version, adapter_digest, champion, fetch_adapter, history, promote, register, rollback
 from steps.tracking import Forwarder, append
 
 
@@ -196,3 +196,76 @@ def test_an_adapter_that_was_tampered_with_is_refused(where: str, change: str, r
     assert version.uri in text
     assert digest in text
     assert "remove" in text
+
+
+# -- by hand -----------------------------------------------------------------------------------------------------
+
+
+def changes(runs: Runs) -> list[tuple]:
+    return [(c["how"], c["who"], c["from"], c["to"], c["because"]) for c in history(runs.client, runs.name)]
+
+
+def test_every_change_of_champion_is_written_down(runs: Runs) -> None:
+    runs.register(runs.policy("a"), promote=True)
+    runs.register(runs.policy("b"), promote=False)
+    promote(runs.client, runs.name, "2", "people like it", "Ada")
+    assert runs.aliases() == {"champion": "2"}
+    assert changes(runs) == [
+        ("promote", "gate", None, "1", "promote: True"),
+        ("promote", "Ada", "1", "2", "people like it"),
+    ]
+    assert all(change["time"].endswith("+00:00") for change in history(runs.client, runs.name))
+
+
+def test_promoting_the_champion_changes_nothing(runs: Runs) -> None:
+    policy = runs.policy("a")
+    runs.register(policy, promote=True)
+    runs.register(policy, promote=True)
+    promote(runs.client, runs.name, "1", "again", "Ada")
+    assert len(changes(runs)) == 1
+
+
+def test_rolling_back_goes_one_champion_further_down_each_time(runs: Runs) -> None:
+    for name in "abc":
+        runs.register(runs.policy(name), promote=True)
+    assert rollback(runs.client, runs.name, "it swears", "Ada") == "2"
+    assert rollback(runs.client, runs.name, "this too", "Ada") == "1"
+    assert runs.aliases()["champion"] == "1"
+    assert changes(runs)[3:] == [("rollback", "Ada", "3", "2", "it swears"), ("rollback", "Ada", "2", "1", "this too")]
+    with pytest.raises(PrefloopError, match="no champion to go back to"):
+        rollback(runs.client, runs.name, "more", "Ada")
+
+
+def test_the_gate_does_not_undo_what_people_took_down_but_people_may(runs: Runs) -> None:
+    runs.register(runs.policy("a"), promote=True)
+    taken_down = runs.policy("b")
+    runs.register(taken_down, promote=True)
+    rollback(runs.client, runs.name, "it swears", "Ada")
+    runs.register(taken_down, promote=True)
+    assert runs.aliases()["champion"] == "1"
+    promote(runs.client, runs.name, "2", "it does not", "Bob")
+    assert runs.aliases()["champion"] == "2"
+    rollback(runs.client, runs.name, "it does", "Ada")
+    assert runs.aliases()["champion"] == "1"
+
+
+def test_there_is_nothing_to_go_back_to_before_the_second_champion(runs: Runs) -> None:
+    runs.register(runs.policy("a"), promote=True)
+    with pytest.raises(PrefloopError, match="version 1 is the first one"):
+        rollback(runs.client, runs.name, "no", "Ada")
+
+
+def test_a_version_that_is_not_there_cannot_be_promoted(runs: Runs) -> None:
+    runs.register(runs.policy("a"), promote=False)
+    with pytest.raises(PrefloopError, match="no version 7"):
+        promote(runs.client, runs.name, "7", "please", "Ada")
+    with pytest.raises(PrefloopError, match="no model of that name"):
+        promote(runs.client, "nobody", "1", "please", "Ada")
+    with pytest.raises(PrefloopError, match="no model 'nobody'"):
+        history(runs.client, "nobody")
+
+
+def test_a_long_reason_is_cut_and_stays_readable(runs: Runs) -> None:
+    runs.register(runs.policy("a"), promote=False)
+    promote(runs.client, runs.name, "1", "é" * 9000, "Ada")
+    assert changes(runs)[0][4] == "é" * 4000

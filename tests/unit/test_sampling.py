@@ -30,9 +30,9 @@ def tokenizer(base: Path) -> PreTrainedTokenizerBase:
 
 def answer(model, tokenizer, prompts=PROMPTS, seed=0, **settings) -> tuple[list[str], list[int]]:
     config = Evaluate(**{"max_new_tokens": 12, "batch_size": 16, **settings})
-    answers, lengths = sample(model, tokenizer, prompts, config, seed, NullTracker(), "test")
-    assert isinstance(lengths, np.ndarray)
-    return answers, lengths.tolist()
+    said = sample(model, tokenizer, prompts, config, seed, NullTracker(), "test")
+    assert isinstance(said.lengths, np.ndarray)
+    return said.texts, said.lengths.tolist()
 
 
 # -- drawing one token -------------------------------------------------------------------------------------------

@@ -1,0 +1,248 @@
+"""Several methods, strengths and seeds side by side: which runs there are, and what they say together."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from steps.config import Recipe, assigned
+from steps.errors import RecipeError, did_you_mean
+from steps.intervals import cluster_interval
+from steps.statistics import holm, sign_test
+
+# Where each method keeps how strongly it is held to its start; a method without one makes one run a seed.
+STRENGTH: dict[str, str | None] = {
+    "dpo": "policy.dpo.trainer.beta",
+    "ppo": "policy.ppo.kl.coefficient",
+    "rloo": "policy.rloo.trainer.beta",
+    "grpo": "policy.grpo.trainer.beta",
+    "best_of_n": None,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run of a comparison."""
+
+    method: str
+    beta: float | None
+    seed: int
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        strength = "" if self.beta is None else f" β={self.beta:g}"
+        return f"{self.method}{strength} seed {self.seed}"
+
+
+def variants(recipe: Recipe, methods: Sequence[str], betas: Sequence[float], seeds: int) -> list[Variant]:
+    """Every method at every strength with every seed, the first seed of all first.
+
+    Args:
+        methods: names of `policy.method`, `best-of-n` among them; `ppo@0.05` gives a method a strength of its own.
+        betas: weight of the distance to the start, by each method's own name.
+        seeds: how many, counted from the recipe's.
+
+    Raises:
+        RecipeError: an unknown method, or a strength that a method refuses.
+    """
+    found = []
+    for number, named in itertools.product(range(seeds), methods):
+        name, _, own = named.partition("@")
+        method = name.replace("-", "_")
+        if method not in STRENGTH:
+            raise RecipeError(f"there is no method '{name}'", where="--methods", have=did_you_mean(method, STRENGTH))
+        path = STRENGTH[method]
+        for beta in strengths(own, betas) if path else (None,):
+            seed = recipe.seed + number
+            changes: dict[str, Any] = {"policy.method": method, "seed": seed}
+            if path:
+                changes[path] = beta
+            found.append(Variant(method, beta, seed, assigned(recipe, changes)))
+    return found
+
+
+def strengths(text: str, usual: Sequence[float] = ()) -> list[float]:
+    """Numbers with commas or further `@` between them; the usual ones when there are none.
+
+    Raises:
+        RecipeError: something else.
+    """
+    try:
+        return [float(part) for part in text.replace("@", ",").split(",")] if text else list(usual)
+    except ValueError as error:
+        raise RecipeError(
+            "strengths are numbers with commas between them", have=text, then="such as 0.1,0.3,1"
+        ) from error
+
+
+def rows_of(variant: Variant, facts: Mapping[str, Any], seconds: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A finished run as rows of the table: one, or for best of n one for each n.
+
+    Args:
+        facts: the evaluation's.
+        seconds: what each step took.
+    """
+    shared = {"method": variant.method, "seed": variant.seed, "seconds": sum(seconds.values()), "error": None}
+    if points := facts.get("best_of"):
+        return [
+            {**shared, "setting": f"n={point['n']}", **{name: point[name] for name in point if name != "n"}}
+            for point in points
+        ]
+    return [
+        {
+            **shared,
+            "setting": "" if variant.beta is None else f"β={variant.beta:g}",
+            "kl": facts.get("policy_kl_full"),
+            "gold": facts.get("policy_gold"),
+            "reward": facts.get("policy_reward"),
+            "win_rate": facts["win_rate"],
+            "win_rate_low": facts["win_rate_low"],
+            "win_rate_high": facts["win_rate_high"],
+            "length_ratio": facts["length_ratio"],
+            "alarms": ", ".join(alarm["name"] for alarm in facts.get("alarms", ())),
+        }
+    ]
+
+
+def failed(variant: Variant, error: str) -> dict[str, Any]:
+    """A run that ended without a result, as a row."""
+    setting = "" if variant.beta is None else f"β={variant.beta:g}"
+    return {"method": variant.method, "seed": variant.seed, "setting": setting, "error": error}
+
+
+@dataclass(frozen=True)
+class Group:
+    """A method at one strength, over its seeds.
+
+    Attributes:
+        seeds, failures: how many runs there were, and how many of them ended without a result.
+        kl, gold, reward, win_rate, length_ratio: means over seeds.
+        win_rate_low, win_rate_high: interval of the pooled verdicts, clustered by prompt; None without verdicts.
+        p_value: of the pooled wins against losses, corrected for the number of groups (Holm); None without verdicts.
+        dominates, dominated: how many groups have more KL and no more gold, and the other way round.
+        seconds: a run took.
+    """
+
+    method: str
+    setting: str
+    seeds: int
+    failures: int
+    kl: float
+    gold: float
+    gold_spread: float
+    reward: float
+    win_rate: float
+    win_rate_low: float | None
+    win_rate_high: float | None
+    p_value: float | None
+    length_ratio: float
+    dominates: int
+    dominated: int
+    seconds: float
+
+
+def groups(rows: Iterable[Mapping[str, Any]], verdicts: Mapping[tuple[str, str, int], pd.DataFrame]) -> list[Group]:
+    """Rows over their seeds.
+
+    Args:
+        rows: as `rows_of` and `failed` make them.
+        verdicts: by (method, setting, seed): prompt and `over_start`.
+    """
+    table = pd.DataFrame(list(rows))
+    for name in ("kl", "gold", "reward", "win_rate", "length_ratio", "seconds"):
+        table[name] = pd.to_numeric(table[name], errors="coerce") if name in table else np.nan
+    found: list[dict[str, Any]] = []
+    for (method, setting), some in table.groupby(["method", "setting"], sort=False):
+        ended = some[some["error"].isna()]
+        pooled = [
+            verdicts[key] for seed in ended["seed"] if (key := (str(method), str(setting), int(seed))) in verdicts
+        ]
+        means = {name: float(ended[name].mean()) for name in ("kl", "gold", "reward", "length_ratio", "seconds")}
+        found.append(
+            {
+                "method": method,
+                "setting": setting,
+                "seeds": len(some),
+                "failures": len(some) - len(ended),
+                **means,
+                "gold_spread": float(ended["gold"].std()) if len(ended) > 1 else 0.0,
+                "win_rate": float(ended["win_rate"].mean()),
+                **_pooled(pooled),
+            }
+        )
+    tested = [group for group in found if group["p_value"] is not None]
+    for group, corrected in zip(tested, holm([group["p_value"] for group in tested]), strict=True):
+        group["p_value"] = corrected
+    for group in found:
+        group["dominates"] = sum(_dominates(group, other) for other in found)
+        group["dominated"] = sum(_dominates(other, group) for other in found)
+    return [Group(**group) for group in found]
+
+
+def _pooled(verdicts: Sequence[pd.DataFrame]) -> dict[str, Any]:
+    if not verdicts:
+        return {"win_rate_low": None, "win_rate_high": None, "p_value": None}
+    together = pd.concat(verdicts).dropna(subset=["over_start"])
+    preferences = together["over_start"].to_numpy(float)
+    low, high = cluster_interval(preferences, together["prompt"].to_numpy())
+    # A prompt's verdicts over seeds are not independent: each prompt votes once.
+    votes = together.groupby("prompt")["over_start"].mean().to_numpy()
+    p_value = sign_test(int((votes > 0.5).sum()), int((votes < 0.5).sum()))
+    return {"win_rate_low": low, "win_rate_high": high, "p_value": p_value}
+
+
+def _dominates(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Pareto: at least as much gold for at most as much KL, and better in one of the two."""
+    no_worse = one["gold"] >= other["gold"] and one["kl"] <= other["kl"]
+    return no_worse and (one["gold"] > other["gold"] or one["kl"] < other["kl"])
+
+
+def in_words(found: Sequence[Group]) -> list[str]:
+    """What a comparison says, in sentences."""
+    whole = [group for group in found if np.isfinite(group.gold) and np.isfinite(group.kl)]
+    if not whole:
+        return ["No run came to a result."]
+    best = max(whole, key=lambda group: group.gold)
+    said = [
+        f"The highest gold score, {best.gold:+.2f}, is that of {_label(best)}, at {best.kl:.1f} nats from the start "
+        f"(win rate {best.win_rate:.3f})."
+    ]
+    efficient = [group for group in whole if not group.dominated]
+    said.append(
+        f"{len(efficient)} of {len(whole)} settings lie on the frontier (nothing else has more gold for less KL): "
+        + ", ".join(_label(group) for group in sorted(efficient, key=lambda group: group.kl))
+        + "."
+    )
+    noticeable = 0.05 * (best.gold - min(group.gold for group in whole))
+    for method in dict.fromkeys(group.method for group in whole):
+        mine = sorted((group for group in whole if group.method == method), key=lambda group: group.kl)
+        top = max(range(len(mine)), key=lambda place: mine[place].gold)
+        if mine[-1].reward > mine[top].reward and mine[top].gold - mine[-1].gold > noticeable:
+            said.append(
+                f"{method} is over-optimised beyond {_label(mine[top])}: the reward goes on rising to "
+                f"{mine[-1].reward:+.2f} while gold falls from {mine[top].gold:+.2f} to {mine[-1].gold:+.2f}."
+            )
+    if lost := sum(group.failures for group in found):
+        said.append(f"{lost} of {sum(group.seeds for group in found)} runs ended without a result; the table says why.")
+    return said
+
+
+def _label(group: Group) -> str:
+    return f"{group.method} {group.setting}".strip()
+
+
+def as_table(found: Sequence[Group]) -> pd.DataFrame:
+    """The groups as a table."""
+    return pd.DataFrame([asdict(group) for group in found])
+
+
+def verdicts_in(completions: Path) -> pd.DataFrame:
+    """An evaluation's verdicts against the start: prompt, over_start."""
+    return pd.read_parquet(completions, columns=["prompt", "over_start"])

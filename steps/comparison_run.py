@@ -1,0 +1,126 @@
+"""A comparison being run: one parent in MLflow, a run below it for each variant, and what they come to together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from steps import comparison, tracking
+from steps.comparison import Group, Variant
+from steps.comparison_page import comparison_page, draw_frontier
+from steps.config import Recipe
+from steps.errors import Interrupted, PrefloopError
+from steps.experiment import Experiment, flat, new_folder
+from steps.paths import Var
+
+STEPS = ("base", "sft", "reward", "policy", "evaluate")
+
+
+class ComparisonRun:
+    """Variants of a recipe, run one after the other; steps they share are found in the store.
+
+    Args:
+        tags: what the orchestrator wants written down.
+
+    Attributes:
+        rows: what each run came to, as `steps.comparison.rows_of` has it.
+        said: the result in sentences, once it is finished.
+    """
+
+    def __init__(
+        self, recipe: Recipe, planned: Sequence[Variant], root: Path, console: Console, tags: Mapping[str, str]
+    ) -> None:
+        self.recipe, self.planned, self.root, self.console, self.tags = recipe, planned, root, console, tags
+        self.var = Var(root)
+        self.folder = new_folder(self.var, f"{recipe.name}-compared")
+        self.forwarder = tracking.Forwarder(tracking.tracking_uri(self.var), self.var.folder("mlflow-artifacts"))
+        self.rows: list[dict[str, Any]] = []
+        self.errors: list[tuple[str, str]] = []
+        self.verdicts: dict[tuple[str, str, int], Any] = {}
+        self.said: list[str] = []
+        start = {"name": self.folder.name, "experiment": recipe.name, "parent": None, "tags": dict(tags)}
+        tracking.append(self.folder, "start", **start)
+        tracking.append(self.folder, "params", values=flat(recipe.used()))
+        self.forwarder.forward(self.folder)
+
+    def run(self, variant: Variant) -> None:
+        """Run a variant up to its evaluation; a failure is noted, for the others may still succeed.
+
+        Raises:
+            Interrupted: a second start finds all that was finished.
+        """
+        place = f"{self.planned.index(variant) + 1} of {len(self.planned)}"
+        self.console.rule(f"[dim]{place}[/] {escape(variant.name)}", align="left", style="dim")
+        tags = {**self.tags, "prefloop.variant": variant.name}
+        experiment = Experiment(variant.recipe, self.root, self.console, tags, self.folder, meets_champion=False)
+        try:
+            experiment.prepare_data()
+            for step in STEPS:
+                experiment.run(step)
+        except Interrupted:
+            self._close("KILLED")
+            raise
+        except PrefloopError as error:
+            self.rows.append(comparison.failed(variant, error.what))
+            self.errors.append((variant.name, error.what))
+            self.console.print(f"[red]failed[/] {escape(str(error))}")
+            return
+        facts = [experiment.outcomes[step].artifact.facts for step in ("reward", "policy", "evaluate")]
+        alarms = [alarm for found in facts for alarm in found.get("alarms", ())]
+        seconds = {step: outcome.artifact.seconds for step, outcome in experiment.outcomes.items()}
+        rows = comparison.rows_of(variant, {**facts[-1], "alarms": alarms}, seconds)
+        self.rows += rows
+        if len(rows) == 1:
+            completions = experiment.outcomes["evaluate"].artifact.path / "completions.parquet"
+            self.verdicts[variant.method, rows[0]["setting"], variant.seed] = comparison.verdicts_in(completions)
+        experiment.close()
+
+    def finish(self) -> Path:
+        """Write the table, the pictures and the page, and send them; the page's place."""
+        groups = comparison.groups(self.rows, self.verdicts)
+        self.said = comparison.in_words(groups)
+        (self.folder / "rows.json").write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
+        picture = draw_frontier(groups, self.folder / "frontier.png")
+        page = self.folder / "report.html"
+        title = f"{self.recipe.name}: {', '.join(dict.fromkeys(variant.method for variant in self.planned))}"
+        page.write_text(comparison_page(title, groups, self.said, self.errors, picture), encoding="utf-8")
+        for file in ("rows.json", "frontier.png", "report.html"):
+            tracking.append(self.folder, "artifact", path=file)
+        for group in groups:
+            name = f"{group.method}/{group.setting or 'plain'}".replace("β=", "beta ").replace("n=", "n ")
+            values = {f"{name}/{number}": getattr(group, number) for number in ("kl", "gold", "win_rate")}
+            tracking.append(self.folder, "metrics", step=0, values=values)
+        self._close("FINISHED")
+        self._print(groups)
+        return page
+
+    def table(self) -> list[dict[str, Any]]:
+        """The rows for an orchestrator's page."""
+        return [{name: value for name, value in row.items() if value is not None} for row in self.rows]
+
+    def _close(self, status: str) -> None:
+        tracking.append(self.folder, "end", status=status)
+        self.forwarder.forward(self.folder)
+
+    def _print(self, groups: Sequence[Group]) -> None:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for title in ("method", "setting"):
+            table.add_column(title)
+        for title in ("seeds", "KL", "gold", "reward", "win rate", "95 % interval", "dominated by"):
+            table.add_column(title, justify="right")
+        for group in sorted(groups, key=lambda group: (group.method, group.kl)):
+            interval = "" if group.win_rate_low is None else f"{group.win_rate_low:.3f} to {group.win_rate_high:.3f}"
+            cells = (f"{group.kl:.1f}", f"{group.gold:+.2f}", f"{group.reward:+.2f}", f"{group.win_rate:.3f}", interval)
+            lost = f" ({group.failures} failed)" if group.failures else ""
+            table.add_row(group.method, group.setting, f"{group.seeds}{lost}", *cells, str(group.dominated or ""))
+        self.console.print()
+        self.console.print(table)
+        for sentence in self.said:
+            self.console.print(f"• {escape(sentence)}")
+        self.console.print(f"[dim]page[/]  {self.folder / 'report.html'}", soft_wrap=True)
