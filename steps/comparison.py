@@ -13,8 +13,7 @@ import pandas as pd
 
 from steps.config import Recipe, assigned
 from steps.errors import RecipeError, did_you_mean
-from steps.intervals import cluster_interval
-from steps.statistics import holm, sign_test
+from steps.statistics import holm, pooled, sign_test
 
 # Where each method keeps how strongly it is held to its start; a method without one makes one run a seed.
 STRENGTH: dict[str, str | None] = {
@@ -161,9 +160,8 @@ def groups(rows: Iterable[Mapping[str, Any]], verdicts: Mapping[tuple[str, str, 
     found: list[dict[str, Any]] = []
     for (method, setting), some in table.groupby(["method", "setting"], sort=False):
         ended = some[some["error"].isna()]
-        pooled = [
-            verdicts[key] for seed in ended["seed"] if (key := (str(method), str(setting), int(seed))) in verdicts
-        ]
+        keys = {int(seed): (str(method), str(setting), int(seed)) for seed in ended["seed"]}
+        said = {seed: verdicts[key] for seed, key in keys.items() if key in verdicts}
         means = {name: float(ended[name].mean()) for name in ("kl", "gold", "reward", "length_ratio", "seconds")}
         found.append(
             {
@@ -174,7 +172,7 @@ def groups(rows: Iterable[Mapping[str, Any]], verdicts: Mapping[tuple[str, str, 
                 **means,
                 "gold_spread": float(ended["gold"].std()) if len(ended) > 1 else 0.0,
                 "win_rate": float(ended["win_rate"].mean()),
-                **_pooled(pooled),
+                **_pooled(said),
             }
         )
     tested = [group for group in found if group["p_value"] is not None]
@@ -186,16 +184,16 @@ def groups(rows: Iterable[Mapping[str, Any]], verdicts: Mapping[tuple[str, str, 
     return [Group(**group) for group in found]
 
 
-def _pooled(verdicts: Sequence[pd.DataFrame]) -> dict[str, Any]:
-    if not verdicts:
+def _pooled(verdicts: Mapping[int, pd.DataFrame]) -> dict[str, Any]:
+    """Interval and sign test of a setting's verdicts by seed, on the prompts every seed has a verdict on."""
+    by_prompt = {seed: found.set_index("prompt")["over_start"] for seed, found in verdicts.items()}
+    table = pd.DataFrame(by_prompt).dropna()
+    if len(table) < 2:
         return {"win_rate_low": None, "win_rate_high": None, "p_value": None}
-    together = pd.concat(verdicts).dropna(subset=["over_start"])
-    preferences = together["over_start"].to_numpy(float)
-    low, high = cluster_interval(preferences, together["prompt"].to_numpy())
-    # A prompt's verdicts over seeds are not independent: each prompt votes once.
-    votes = together.groupby("prompt")["over_start"].mean().to_numpy()
+    found = pooled({seed: table[seed] for seed in table}, list(table.index))
+    votes = table.mean(axis=1)  # a prompt's verdicts over seeds are not independent: each prompt votes once
     p_value = sign_test(int((votes > 0.5).sum()), int((votes < 0.5).sum()))
-    return {"win_rate_low": low, "win_rate_high": high, "p_value": p_value}
+    return {"win_rate_low": found.low, "win_rate_high": found.high, "p_value": p_value}
 
 
 def _dominates(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

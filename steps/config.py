@@ -257,6 +257,11 @@ class Evaluate(Section):
     batch_size: int = Field(200, ge=1, description="Prompts answered at once.")
     judge: Literal["gold", "reward", "llm"] = "gold"
     llm: LlmJudge | None = Field(None, description="The judge `llm`.")
+    reward_model: str | None = Field(
+        None,
+        description="The judge `reward`: a directory or hub id of a sequence classifier; the recipe's own if null.",
+    )
+    reward_revision: str | None = Field(None, description="Hub commit, tag or branch; needed for a hub id.")
     confidence: float = Field(0.95, gt=0.5, lt=1)
     judge_pairs: int | None = Field(None, ge=1, description="Held-out human pairs the judge is tried on; all if null.")
     kl_prompts: int = Field(64, ge=0, description="Answers that tell how far the policy moved; 0 leaves it out.")

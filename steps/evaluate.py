@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steps.artifact import MANIFEST, Facts, digest_file
 from steps.best_of_n import answers_drawn, curve
+from steps.classifier import load_classifier
 from steps.config import Evaluate
 from steps.contest import CHAMPION, HUMAN, POLICY, START, Contest, Contestant, Scores
 from steps.divergence import divergence
@@ -70,6 +71,7 @@ def evaluate_policy(
     out: Path,
     tracker: Tracker,
     champion: Path | None = None,
+    classifier: Path | None = None,
 ) -> Facts:
     """Sample, judge, and say with what confidence the policy beats its start, its champion and people's own answers.
 
@@ -77,7 +79,8 @@ def evaluate_policy(
         prompts: table of held-out prompts.
         preferences: its held-out pairs tell how far the judge agrees with people, and hold people's own answers.
         gold: table of answer, score that no training step saw; it may be empty where `evaluate.judge` is not `gold`.
-        champion: directory that holds the champion's adapter.
+        champion: directory that holds the champion's weights.
+        classifier: a reward model somebody else trained, for the judge `reward`.
 
     Raises:
         DataError: fewer held-out prompts than the recipe asks for.
@@ -94,11 +97,12 @@ def evaluate_policy(
     by_people = GoldJudge.from_table(gold) if pq.read_metadata(gold).num_rows else None
     if by_people is not None:
         scores[GOLD] = by_people.score
+    stranger = load_classifier(classifier) if classifier is not None else None
     judge = make_judge(
         evaluate,
         gold=by_people,
-        reward_scores=rewards,
-        reward_identity=digest_file(reward / MANIFEST),
+        reward_scores=stranger.scores if stranger else rewards,
+        reward_identity=stranger.identity if stranger else digest_file(reward / MANIFEST),
         verdicts=Var().folder("verdicts") if evaluate.judge == "llm" else out,
     )
     folders = {START: sft, POLICY: policy, **({} if champion is None else {CHAMPION: champion})}

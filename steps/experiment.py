@@ -134,7 +134,7 @@ class Experiment:
         """Version and validate the data, and find the base model; everything a later step reads is known then."""
         need_space(self.var.path if self.var.path.is_dir() else self.root, self.recipe.launch.min_free_gib)
         started = time.monotonic()
-        self.known["source"] = locate(self.recipe.model.base, self.recipe.model.revision, self.root)
+        self._find_models()
         with self.console.status("data      ingest → validate → split"), ThreadPoolExecutor(1) as pool:
             preparing = pool.submit(batches.refresh, self.recipe.data.name, self.root)
             self._import_ahead()
@@ -158,6 +158,12 @@ class Experiment:
         if any(finding.drifted for finding in drifted):
             data_report.print_drift(self.console, drifted, "the data", "those of the version before")
         return self.data
+
+    def _find_models(self) -> None:
+        """What the recipe names of models that are made elsewhere."""
+        self.known["source"] = locate(self.recipe.model.base, self.recipe.model.revision, self.root)
+        if judge := self.recipe.evaluate.reward_model:
+            self.known["classifier"] = locate(judge, self.recipe.evaluate.reward_revision, self.root)
 
     def _import_ahead(self) -> None:
         """Begin to import what coming steps need, if any is to come; seconds that pass while DVC works."""
@@ -408,7 +414,7 @@ class Experiment:
 
     def plan(self) -> Iterator[Plan]:
         """What `run` would do, step by step, as far as it can be known without running. Data is taken as it is."""
-        self.known["source"] = locate(self.recipe.model.base, self.recipe.model.revision, self.root)
+        self._find_models()
         self.data = versions.current(self.recipe.data.name, self.root)
         self.known |= {f"data/{name}": table for name, table in self.data.tables.items()}
         for name in self.recipe.STEPS:

@@ -21,7 +21,7 @@ class Step:
     Attributes:
         function: `module:function`.
         config: argument name → dotted path in the recipe.
-        inputs: argument name → an earlier step, or `data/TABLE`, or `source` (the base model's files).
+        inputs: argument name → an earlier step, or `data/TABLE`, or `source` (the base model's files), or `classifier`.
         optional: inputs that may be absent.
         random: whether the recipe's seed matters to it; what does not draw is shared by all seeds.
     """
@@ -57,8 +57,9 @@ STEPS: dict[str, Step] = {
             "preferences": "data/preferences",
             "gold": "data/gold",
             "champion": "champion",
+            "classifier": "classifier",
         },
-        optional=frozenset({"champion"}),
+        optional=frozenset({"champion", "classifier"}),
     ),
     "gate": Step(
         "steps.gate:judge_evaluation",
@@ -116,7 +117,7 @@ def spec(name: str, recipe: Recipe, known: Mapping[str, Input]) -> StepSpec:
     """The spec of a step, from what is known of its inputs.
 
     Args:
-        known: earlier steps' artifacts, `data/TABLE`, `source`, `champion`.
+        known: earlier steps' artifacts, `data/TABLE`, `source`, `champion`, `classifier`.
 
     Raises:
         KeyError: an input that is not known yet, by its name.

@@ -119,7 +119,7 @@ def judge_in_words(measured: Mapping[str, Any]) -> str:
     """Who judged, and how far that judge agrees with people."""
     of = {
         "gold": "The judge was fitted on ratings no training step saw; it",
-        "reward": "The judge is the reward model the policy may have been tuned against, so it flatters; it",
+        "reward": "The judge is a reward model (one the policy was tuned against flatters it); it",
         "llm": "The judge is a language model, asked in both orders; it",
     }
     said = f"{of[measured['judge']]} orders {measured['judge_accuracy']:.1%} of held-out human pairs as people did"

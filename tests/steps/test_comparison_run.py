@@ -1,0 +1,63 @@
+"""A comparison without an orchestrator: interrupted, and started again."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from steps.comparison import variants
+from steps.comparison_run import ComparisonRun
+from steps.config import load
+from steps.errors import Interrupted
+from steps.experiment import Experiment
+
+
+@pytest.fixture
+def root(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load(root / "recipes/tiny.yaml", ["policy.best_of_n.n=2"])
+    planned = variants(recipe, ["dpo", "best-of-n"], [0.5], 1)
+    honest = Experiment.run
+
+    def stopped(self: Experiment, name: str) -> Any:
+        if self.recipe.policy.method == "best_of_n":
+            raise Interrupted("stopped")
+        return honest(self, name)
+
+    monkeypatch.setattr(Experiment, "run", stopped)
+    first = ComparisonRun(recipe, planned, root, Console(quiet=True), {})
+    first.run(planned[0])
+    with pytest.raises(Interrupted):
+        first.run(planned[1])
+    assert [json.loads(line) for line in (first.folder / "journal.jsonl").read_text().splitlines()][-1]["op"] == "end"
+
+    monkeypatch.setattr(Experiment, "run", honest)
+    told = io.StringIO()
+    again = ComparisonRun(recipe, planned, root, Console(file=told, width=100), {})
+    for variant in planned:
+        again.run(variant)
+    before_best_of_n = told.getvalue().partition("best_of_n")[0]
+    assert "done" not in before_best_of_n
+    assert before_best_of_n.count("reused") == 5
+    page = again.finish().read_text()
+    assert [row["setting"] for row in again.rows] == ["β=0.5", "n=1", "n=2"]
+    assert all(sentence.split(",")[0] in page for sentence in again.said)
+
+
+def test_a_run_of_a_comparison_does_not_meet_the_champion_nor_register(root: Path) -> None:
+    recipe = load(root / "recipes/tiny.yaml")
+    (variant,) = variants(recipe, ["dpo"], [0.7], 1)
+    run = ComparisonRun(recipe, [variant], root, Console(quiet=True), {})
+    versions = len(run.forwarder.client.search_model_versions("name='tiny'"))
+    run.run(variant)
+    assert run.rows[0]["error"] is None
+    assert len(run.forwarder.client.search_model_versions("name='tiny'")) == versions >= 1
