@@ -111,7 +111,8 @@ def _panel(ax: Axes, found: Curves, label: str, series, level: float | None) -> 
         ax.axhline(level, color=GREY, linewidth=0.8, linestyle="--")
     ax.set_title(label, fontsize=9, loc="left")
     ax.set_xlabel("step")
-    ax.legend(frameon=False, fontsize=8)
+    if ax.has_data():
+        ax.legend(frameon=False, fontsize=8)
 
 
 def _reliability(ax: Axes, bins: Sequence[Mapping[str, float]]) -> None:

@@ -87,7 +87,7 @@ def findings(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for rival, words in (("champion", "the champion's"), ("human", "those people chose in the data")):
         if f"{rival}_win_rate" in measured:
             said.append(
-                f"Its answers win {measured[f'{rival}_win_rate']:.1%} against {words} "
+                f"The policy's answers win {measured[f'{rival}_win_rate']:.1%} against {words} "
                 f"({measured[f'{rival}_win_rate_low']:.1%} to {measured[f'{rival}_win_rate_high']:.1%})."
             )
     if "policy_kl_full" in measured:
