@@ -111,7 +111,7 @@ def _panel(ax: Axes, found: Curves, label: str, series, level: float | None) -> 
         ax.axhline(level, color=GREY, linewidth=0.8, linestyle="--")
     ax.set_title(label, fontsize=9, loc="left")
     ax.set_xlabel("step")
-    if ax.has_data():
+    if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, fontsize=8)
 
 
