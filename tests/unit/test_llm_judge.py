@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from steps import llm_judge
-from steps.config import Evaluate, LlmJudge
+from steps.config import Evaluate, Gate, LlmJudge
 from steps.errors import EnvironmentProblem, PrefloopError
+from steps.gate import judge_counts
 from steps.judge_validation import validate
 from steps.judges import BothOrders, Comparison, make_judge, usage_facts
 from steps.llm_judge import LLMJudge, read_verdict
@@ -220,7 +221,7 @@ def test_a_judge_that_always_prefers_the_first_place_comes_out_as_ties(endpoint:
     report = validate(kept(tmp_path / "v", endpoint.judge()), pairs)
     assert (report.ties, report.swap_consistency, report.accuracy, report.first) == (1.0, 0.0, 0.5, 1.0)
     assert report.right_in_both_orders == 0
-    assert not report.counts(0.6)
+    assert not judge_counts(report.facts(), Gate(judge_accuracy_floor=0.6))
 
 
 # -- identity ----------------------------------------------------------------------------------------------------

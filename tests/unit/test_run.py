@@ -256,12 +256,14 @@ def test_forgetting_drops_the_artifact_and_work_towards_it(store: Store) -> None
 
 
 def test_a_real_step_is_run_with_its_section_its_inputs_and_its_facts(store: Store, tmp_path: Path) -> None:
-    evaluation = tmp_path / "evaluation"
-    evaluation.mkdir()
     measured = {"judge": "gold", "judge_accuracy": 0.9, "win_rate": 0.7, "win_rate_low": 0.6}
-    (evaluation / "manifest.json").write_text(json.dumps({"facts": measured}))
+    inputs = {}
+    for name, facts in (("evaluate", measured), ("reward", {}), ("policy", {})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"facts": facts}))
+        inputs[name] = Input(tmp_path / name, A)
     for floor, promote in ((0.55, True), (0.65, False)):
-        spec = spec_of(config={"gate": {"win_rate_floor": floor}}, inputs={"evaluate": Input(evaluation, A)})
+        spec = spec_of(config={"gate": {"win_rate_floor": floor, "guards": {}}}, inputs=inputs)
         artifact = run_step(spec, store, execute).artifact
         assert artifact.facts["promote"] is promote
         assert json.loads((artifact.path / "verdict.json").read_text()) == artifact.facts

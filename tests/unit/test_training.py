@@ -161,6 +161,8 @@ def test_timings_and_text_are_left_out() -> None:
 class Heard:
     """A tracker that remembers."""
 
+    stops_at: int | None = None
+
     def __init__(self) -> None:
         self.said: list[tuple] = []
 
@@ -193,6 +195,15 @@ def test_the_reporter_saves_and_stops_when_it_is_asked_to(monkeypatch: pytest.Mo
     Reporter(Heard()).on_step_end(None, state, control)
     assert control.should_save
     assert control.should_training_stop
+
+
+def test_the_reporter_ends_the_training_at_an_alarm_and_saves_nothing_then() -> None:
+    heard = Heard()
+    heard.stops_at = 6
+    for step, ended in ((4, False), (6, True)):  # a resumed run has yet to come to the step of the alarm
+        control = SimpleNamespace(should_save=True, should_training_stop=False)
+        Reporter(heard).on_log(None, SimpleNamespace(global_step=step), control, {"loss": 1.0})
+        assert (control.should_training_stop, control.should_save) == (ended, not ended)
 
 
 def steps_of(reporter: Reporter, first: int, last: int, due: tuple[int, ...] = ()) -> list[tuple[int, bool, bool]]:
