@@ -159,21 +159,20 @@ def comparisons(table: pd.DataFrame, evaluate: Evaluate, seed: int) -> Facts:
     verdict = won(over_start, evaluate.confidence)
     low, high = bootstrap_interval(over_start, confidence=evaluate.confidence, seed=seed)
     by_reward = win_rate(table[f"{POLICY}_{REWARD}"], table[f"{START}_{REWARD}"], evaluate.confidence)
-    judged = table[table[f"over_{START}"].notna()]
-    controlled = length_controlled_win_rate(
-        over_start, judged[f"{POLICY}_tokens"], judged[f"{START}_tokens"], confidence=evaluate.confidence, seed=seed
-    )
     facts = {
         "prompts": len(table),
         "without_verdict": len(table) - len(over_start),
         **rates("win_rate", verdict),
         "win_rate_bootstrap_low": low,
         "win_rate_bootstrap_high": high,
-        "win_rate_length_controlled": controlled.rate,
-        "win_rate_length_controlled_low": controlled.low,
-        "win_rate_length_controlled_high": controlled.high,
         "win_rate_by_reward": by_reward.rate,
     }
+    with suppress(ValueError):  # one answer is longer by the same everywhere: length and model cannot be told apart
+        judged = table[table[f"over_{START}"].notna()]
+        lengths = judged[f"{POLICY}_tokens"], judged[f"{START}_tokens"]
+        even = length_controlled_win_rate(over_start, *lengths, confidence=evaluate.confidence, seed=seed)
+        bounds = {"": even.rate, "_low": even.low, "_high": even.high}
+        facts |= {f"win_rate_length_controlled{part}": value for part, value in bounds.items()}
     with suppress(ValueError):  # so few prompts that no effect could be seen
         facts["detectable_effect"] = detectable_effect(len(over_start), confidence=evaluate.confidence)
     for rival in (CHAMPION, HUMAN):
