@@ -8,9 +8,9 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 
@@ -48,14 +48,37 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}: setup\n\t\$\(BIN\)/", makefile, flags=re.MULTILINE)
 
 
-def test_the_prefloop_commands_run(reviews: Path) -> None:
+def test_the_commands_run_beside_the_ui_which_stops_when_it_is_told_to(reviews: Path) -> None:
+    """One server for all commands, as somebody has it who leaves `prefloop ui` open."""
+    assert "prefloop ui" in shown()
+    ui = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "ui"], cwd=reviews, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert ui.stdout is not None
+    said = [ui.stdout.readline() for _ in range(4)]
+    children = psutil.Process(ui.pid).children(recursive=True)
+    try:
+        assert re.match(r"mlflow +http://127\.0\.0\.1:\d+/#/experiments", said[1]), said
+        assert re.match(r"prefect +http://127\.0\.0\.1:\d+/runs\n", said[2]), said
+        run_all(reviews)
+    finally:
+        ui.send_signal(signal.SIGINT)
+        rest = ui.communicate(timeout=60)[0]
+    assert "stopped" in rest
+    assert children
+    _, left = psutil.wait_procs(children, timeout=10)
+    assert [child for child in left if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def run_all(project: Path) -> None:
+    """Every `prefloop` command of the README but the one that stays open."""
     commands = ["prefloop run recipes/reviews.yaml"]  # what `make run` runs
     commands += [c for c in shown() if c.startswith("prefloop ") and c != "prefloop ui"]
     assert len(commands) >= 7
     for command in commands:
         result = subprocess.run(
             [sys.executable, "-m", "flows.cli", *shlex.split(command)[1:]],
-            cwd=reviews,
+            cwd=project,
             env=environment(),
             capture_output=True,
             text=True,
@@ -65,26 +88,6 @@ def test_the_prefloop_commands_run(reviews: Path) -> None:
             assert "python" in result.stdout
             continue
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-
-
-def test_the_ui_starts_prints_both_addresses_and_stops(reviews: Path) -> None:
-    import psutil
-
-    assert "prefloop ui" in shown()
-    running = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "ui"], cwd=reviews, env=environment(), stdout=subprocess.PIPE, text=True
-    )
-    assert running.stdout is not None
-    said = [running.stdout.readline() for _ in range(4)]
-    children = psutil.Process(running.pid).children(recursive=True)
-    running.send_signal(signal.SIGINT)
-    rest = running.communicate(timeout=60)[0]
-    assert re.match(r"mlflow +http://127\.0\.0\.1:\d+/#/experiments", said[1]), said
-    assert re.match(r"prefect +http://127\.0\.0\.1:\d+/runs\n", said[2]), said
-    assert "stopped" in rest
-    assert children
-    time.sleep(0.5)
-    assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def test_every_prefloop_command_is_in_the_readme() -> None:
