@@ -24,6 +24,7 @@ PPO_OF_THE_TOY = PPO(
     normalise_reward=0,
     value_clip=None,
     critic_learning_rate=2e-3,
+    critic_warmup=15,  # it learns while answers still differ; near the optimum there is little left to learn from
     trainer={
         **TOY,
         "per_device_train_batch_size": 128,
