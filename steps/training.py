@@ -169,6 +169,8 @@ class Reporter(TrainerCallback):
         self.tracker.progress("held-out", self.evaluated, len(eval_dataloader))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        if stop_requested() and state.global_step % args.logging_steps:
+            return  # logged for the stop alone; the resumed run reports these steps when they are due
         values = named(logs or {})
         if values:
             self.tracker.metrics(values, state.global_step)

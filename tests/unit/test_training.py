@@ -197,6 +197,16 @@ def test_the_reporter_saves_and_stops_when_it_is_asked_to(monkeypatch: pytest.Mo
     assert control.should_training_stop
 
 
+def test_what_is_logged_for_a_stop_alone_is_left_to_the_resumed_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "stop_requested", lambda: True)
+    heard, control = Heard(), SimpleNamespace(should_save=False, should_training_stop=False)
+    for step in (6, 8):
+        Reporter(heard).on_log(
+            SimpleNamespace(logging_steps=4), SimpleNamespace(global_step=step), control, {"loss": 1.0}
+        )
+    assert heard.said == [("metrics", {"loss": 1.0}, 8)]
+
+
 def test_the_reporter_ends_the_training_at_an_alarm_and_saves_nothing_then() -> None:
     heard = Heard()
     heard.stops_at = 6
