@@ -149,12 +149,12 @@ def test_nothing_changed_then_one_parameter_then_one_byte(first: tuple[Path, str
 
 def test_methods_side_by_side_share_their_steps_and_a_failure_does_not_end_the_others(first: tuple[Path, str]) -> None:
     root, _ = first
-    asked = ["compare", "recipes/tiny.yaml", "--methods", "dpo,ppo,best-of-n", "--betas", "0.1,0.5", "--seeds", "1"]
+    asked = ["compare", "recipes/tiny.yaml", "--methods", "dpo,ppo,best-of-n", "--betas", "0.5", "--seeds", "1"]
     asked += ["--set", "launch.launcher=process"]
     broken = ["--set", "policy.ppo.trainer.steps_per_generation=3", "--set", "policy.best_of_n.n=2"]
     result = prefloop(root, *asked, *broken, "--set", "policy.ppo.trainer.gradient_accumulation_steps=4")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("a rollout must end with an optimizer step") == 2
+    assert result.stdout.count("a rollout must end with an optimizer step") == 1
     assert len(re.findall(r"^sft +done", result.stdout, flags=re.MULTILINE)) <= 1
     assert [
         line for line in result.stdout.splitlines() if len(line) > 100 and "page" not in line and "next" not in line
@@ -162,20 +162,18 @@ def test_methods_side_by_side_share_their_steps_and_a_failure_does_not_end_the_o
     (folder,) = (path for path in (root / "var/runs").iterdir() if path.name.endswith("tiny-compared"))
     rows = json.loads((folder / "rows.json").read_text())
     assert [(row["method"], row["setting"], row["error"] is None) for row in rows] == [
-        ("dpo", "β=0.1", True),
         ("dpo", "β=0.5", True),
-        ("ppo", "β=0.1", False),
         ("ppo", "β=0.5", False),
         ("best_of_n", "n=1", True),
         ("best_of_n", "n=2", True),
     ]
     page = (folder / "report.html").read_text()
     assert "a rollout must end with an optimizer step" in page
-    assert "2 of 6 runs ended without a result" in page
+    assert "1 of 4 runs ended without a result" in page
     with sqlite3.connect(root / "var/mlflow.db") as database:
         (parent,) = database.execute("select run_uuid from runs where name = ?", (folder.name,)).fetchone()
         below = database.execute(
             "select name from runs join tags using (run_uuid) where key = 'mlflow.parentRunId' and value = ?", (parent,)
         ).fetchall()
-    names = {"dpo β=0.1 seed 3", "dpo β=0.5 seed 3", "ppo β=0.1 seed 3", "ppo β=0.5 seed 3", "best_of_n seed 3"}
+    names = {"dpo β=0.5 seed 3", "ppo β=0.5 seed 3", "best_of_n seed 3"}
     assert {name for (name,) in below} == names
