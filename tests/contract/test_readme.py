@@ -82,7 +82,7 @@ def run_all(project: Path) -> None:
             env=environment(),
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=900,
         )
         if "doctor" in command:  # says what this very machine lacks; here it must only speak
             assert "python" in result.stdout

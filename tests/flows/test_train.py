@@ -23,7 +23,7 @@ def prefloop(root: Path, *arguments: str, **environment: str) -> subprocess.Comp
         env={**os.environ, "PYTHONPATH": str(tiny.REPOSITORY), "COLUMNS": "100", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 
