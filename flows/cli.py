@@ -73,7 +73,7 @@ def run(
     _environment(Var(root))
     from flows.train import train
 
-    command = shlex.join([str(recipe), *(part for a in assignments or () for part in ("--set", a))])
+    command = _as_given(recipe, assignments)
     train(recipe=loaded, command=command, root=str(root))
 
 
@@ -101,7 +101,7 @@ def compare(
     _environment(Var(root))
     from flows.compare import compare as compare_flow
 
-    command = shlex.join([str(recipe), *(part for a in assignments or () for part in ("--set", a))])
+    command = _as_given(recipe, assignments)
     compare_flow(loaded, named, usual, seeds, command=command, root=str(root))
 
 
@@ -125,7 +125,7 @@ def step(
         raise RecipeError(f"there is no step '{name}'", have=did_you_mean(name, Recipe.STEPS))
     root = project_root()
     _environment(Var(root))
-    command = shlex.join([str(recipe), *(part for a in assignments or () for part in ("--set", a))])
+    command = _as_given(recipe, assignments)
     loaded = load(recipe, assignments or ())
     experiment = Experiment(loaded, root, Console(highlight=False), {"prefloop.command": command})
     experiment.prepare_data()
@@ -192,6 +192,11 @@ def doctor() -> None:
 
 
 models.mount(app)
+
+
+def _as_given(recipe: Path, assignments: list[str] | None) -> str:
+    """A recipe and its changes, as they are written on a command line."""
+    return shlex.join([str(recipe), *(part for a in assignments or () for part in ("--set", a))])
 
 
 def _show_plan(recipe, root: Path) -> None:

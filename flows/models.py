@@ -64,10 +64,9 @@ def _who() -> str:
 
 def _client():
     from steps.paths import Var
-    from steps.tracking import Forwarder, tracking_uri
+    from steps.tracking import forwarder
 
-    var = Var()
-    return Forwarder(tracking_uri(var), var.folder("mlflow-artifacts")).client
+    return forwarder(Var()).client
 
 
 def mount(app: typer.Typer) -> None:

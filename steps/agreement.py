@@ -159,12 +159,7 @@ def krippendorff_alpha(ratings: Ratings, level: Literal["nominal", "interval"] =
     Returns:
         1 for full agreement, 0 for chance; NaN where all ratings are the same.
     """
-    table = _ratings(ratings)
-    table = table[(~np.isnan(table)).sum(1) > 1]
-    if not len(table):
-        raise ValueError("no item has two ratings")
-    values = np.unique(table[~np.isnan(table)])
-    counts = (table[:, :, None] == values).sum(1)
+    values, counts = _counted(ratings)
     sizes = counts.sum(1, keepdims=True)
     pairs = counts[:, :, None] * counts[:, None, :] - counts[:, :, None] * np.eye(len(values))
     together = (pairs / (sizes[:, :, None] - 1)).sum(0)
@@ -251,22 +246,17 @@ def rater_ceiling(ratings: Ratings, confidence: float = 0.95, seed: int = 0) -> 
         ratings: (items, raters) category numbers or preferences, NaN where there is none. Columns need not be the same
             person throughout.
     """
-    table = _ratings(ratings)
-    table = table[(~np.isnan(table)).sum(1) > 1]
-    if not len(table):
-        raise ValueError("no item has two ratings")
-    values = np.unique(table[~np.isnan(table)])
-    counts = (table[:, :, None] == values).sum(1)
+    values, counts = _counted(ratings)
     raters = counts.sum(1)
     same = (counts * (counts - 1)).sum(1) / (raters * (raters - 1))
     low, high = bootstrap_interval(same, confidence=confidence, seed=seed)
-    against_rest = np.zeros(len(table))
+    against_rest = np.zeros(len(counts))
     for own in range(len(values)):
         rest = counts - np.eye(len(values), dtype=int)[own]
         most = rest.max(1)
         agrees = (rest[:, own] == most) / (rest == most[:, None]).sum(1)
         against_rest += counts[:, own] * agrees
-    return Ceiling(float(same.mean()), low, high, float((against_rest / raters).mean()), len(table))
+    return Ceiling(float(same.mean()), low, high, float((against_rest / raters).mean()), len(counts))
 
 
 def rater_pairs(ratings: Ratings) -> dict[tuple[int, int], Kappa]:
@@ -288,6 +278,20 @@ def _for_longer(preferences: np.ndarray, difference: np.ndarray) -> np.ndarray:
 
 def _missing(label: Hashable) -> bool:
     return label is None or label != label
+
+
+def _counted(ratings: Ratings) -> tuple[np.ndarray, np.ndarray]:
+    """(values,) that were given, and (items, values) how often, over items with two ratings or more.
+
+    Raises:
+        ValueError: there is no such item.
+    """
+    table = _ratings(ratings)
+    table = table[(~np.isnan(table)).sum(1) > 1]
+    if not len(table):
+        raise ValueError("no item has two ratings")
+    values = np.unique(table[~np.isnan(table)])
+    return values, (table[:, :, None] == values).sum(1)
 
 
 def _ratings(ratings: Ratings) -> np.ndarray:

@@ -13,6 +13,7 @@ from steps.errors import PrefloopError
 
 MANIFEST = "manifest.json"
 CHART = "chart.png"
+COMPLETIONS = "completions.parquet"  # what the models of an evaluation said
 # What a step leaves beside its result: records of how it went, with times in them.
 RECORDS = frozenset(
     {

@@ -19,15 +19,14 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from steps.agreement import SwapConsistency, fleiss_kappa, rater_pairs, swap_consistency
-from steps.artifact import digest_json
+from steps.artifact import COMPLETIONS, digest_json
 from steps.errors import DataError, did_you_mean
 from steps.intervals import wilson
 from steps.judges import Comparison, Verdict
-from steps.statistics import win_rate
+from steps.statistics import won
 from steps.verdicts import VerdictStore
 
 COLUMNS = ("id", "prompt", "answer_a", "answer_b", "better", "comment")
-COMPLETIONS = "completions.parquet"
 JUDGE = "human"
 LONGEST_CELL = 32_767  # characters a spreadsheet takes
 _PREFERENCES = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -292,7 +291,7 @@ def read_back(
         have = "; ".join(f"{file}, row {row}: {what}" for file, row, what in problems[:3])
         raise DataError("no row of the files counts", have=have, then="write A, B or tie into the column `better`")
     prompts = table.groupby(["prompt", "rater", "pair"])["preference"].mean().groupby("prompt").mean().to_numpy()
-    counted = win_rate(prompts, 1 - prompts, confidence)
+    counted = won(prompts, confidence)
     low, high = wilson(float(prompts.sum()), len(prompts), confidence)
     kappa, fleiss = _agreement(table)
     return BlindResult(

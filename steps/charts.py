@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steps.artifact import CHART, Facts, open_artifact
+from steps.artifact import CHART, COMPLETIONS, Facts, open_artifact
 from steps.tracking import curves
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def run_picture(folders: Mapping[str, Path], measured: Facts) -> Path:
         _panel(axes[2], tuned, f"policy: {PANELS[4][0]}", PANELS[4][1], None)
     else:
         _panel(axes[2], tuned, "policy: implicit rewards", PANELS[1][1], 0.0)
-    table = pd.read_parquet(folders["evaluate"] / "completions.parquet")
+    table = pd.read_parquet(folders["evaluate"] / COMPLETIONS)
     by, scale = ("gold", "rating on the human scale") if "start_gold" in table else ("reward", "reward model's score")
     before, after = table[f"start_{by}"], table[f"policy_{by}"]
     bins = np.linspace(min(before.min(), after.min()), max(before.max(), after.max()), 25)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -234,11 +234,6 @@ def in_words(found: Sequence[Group]) -> list[str]:
 
 def _label(group: Group) -> str:
     return f"{group.method} {group.setting}".strip()
-
-
-def as_table(found: Sequence[Group]) -> pd.DataFrame:
-    """The groups as a table."""
-    return pd.DataFrame([asdict(group) for group in found])
 
 
 def verdicts_in(completions: Path) -> pd.DataFrame:

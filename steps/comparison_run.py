@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from steps import comparison, tracking
+from steps.artifact import COMPLETIONS
 from steps.comparison import Group, Variant
 from steps.comparison_page import comparison_page, draw_frontier
 from steps.config import Recipe
@@ -19,7 +20,7 @@ from steps.errors import Interrupted, PrefloopError
 from steps.experiment import Experiment, flat, new_folder
 from steps.paths import Var
 
-STEPS = ("base", "sft", "reward", "policy", "evaluate")
+STEPS = Recipe.STEPS[: Recipe.STEPS.index("gate")]
 
 
 class ComparisonRun:
@@ -39,7 +40,7 @@ class ComparisonRun:
         self.recipe, self.planned, self.root, self.console, self.tags = recipe, planned, root, console, tags
         self.var = Var(root)
         self.folder = new_folder(self.var, f"{recipe.name}-compared")
-        self.forwarder = tracking.Forwarder(tracking.tracking_uri(self.var), self.var.folder("mlflow-artifacts"))
+        self.forwarder = tracking.forwarder(self.var)
         self.rows: list[dict[str, Any]] = []
         self.errors: list[tuple[str, str]] = []
         self.verdicts: dict[tuple[str, str, int], Any] = {}
@@ -77,7 +78,7 @@ class ComparisonRun:
         rows = comparison.rows_of(variant, {**facts[-1], "alarms": alarms}, seconds)
         self.rows += rows
         if len(rows) == 1:
-            completions = experiment.outcomes["evaluate"].artifact.path / "completions.parquet"
+            completions = experiment.outcomes["evaluate"].artifact.path / COMPLETIONS
             self.verdicts[variant.method, rows[0]["setting"], variant.seed] = comparison.verdicts_in(completions)
         experiment.close()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,15 +10,13 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steps.config import Evaluate
-from steps.judges import Comparison, Judge
+from steps.judges import Comparison, Judge, Scores
 from steps.sampling import Answers, sample
 from steps.sequential import SequentialTest
 from steps.tracking import Tracker
 
 START, POLICY, CHAMPION, HUMAN = "start", "policy", "champion", "human"
 APART = 10_007  # between the seeds of the candidates of one answer
-# Scores of answers to prompts, higher is better.
-Scores = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
 
 @dataclass(frozen=True)

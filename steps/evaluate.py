@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steps.artifact import MANIFEST, Facts, digest_file
+from steps.artifact import COMPLETIONS, MANIFEST, Facts, digest_file
 from steps.best_of_n import answers_drawn, curve
 from steps.classifier import load_classifier
 from steps.config import Evaluate
@@ -29,10 +29,10 @@ from steps.length_control import length_controlled_win_rate
 from steps.models import ADAPTER, load_policy, load_reward_model, load_tokenizer
 from steps.paths import Var
 from steps.power import detectable_effect
-from steps.statistics import WinRate, best_of_n_kl, distinct, repetition, rouge, win_rate
+from steps.statistics import WinRate, best_of_n_kl, distinct, repetition, rouge, win_rate, won
 from steps.tracking import Tracker
 
-COMPLETIONS, EVALUATION = "completions.parquet", "evaluation.json"
+EVALUATION = "evaluation.json"
 GOLD, REWARD = "gold", "reward"
 
 
@@ -179,11 +179,6 @@ def comparisons(table: pd.DataFrame, evaluate: Evaluate, seed: int) -> Facts:
         if f"over_{rival}" in table and len(met := table[f"over_{rival}"].dropna()):
             facts |= {**rates(f"{rival}_win_rate", won(met.to_numpy(), evaluate.confidence))}
     return facts
-
-
-def won(preferences: np.ndarray, confidence: float) -> WinRate:
-    """The win rate in verdicts of 1, ½ and 0."""
-    return win_rate(preferences, 1 - preferences, confidence)
 
 
 def rates(name: str, found: WinRate) -> Facts:

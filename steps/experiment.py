@@ -20,7 +20,7 @@ import yaml
 from rich.console import Console
 
 from steps import batches, code, data_report, datasets, pipeline, registry, report, tracking, versions
-from steps.artifact import CHART, MANIFEST
+from steps.artifact import CHART, COMPLETIONS, MANIFEST
 from steps.base import locate
 from steps.config import Recipe
 from steps.errors import Interrupted, PrefloopError
@@ -98,7 +98,7 @@ class Experiment:
         self.tags = dict(tags or {})
         self.var = Var(root)
         self.store = Store(self.var.folder("store"))
-        self.forwarder = tracking.Forwarder(tracking.tracking_uri(self.var), self.var.folder("mlflow-artifacts"))
+        self.forwarder = tracking.forwarder(self.var)
         self.launch = launcher(recipe.launch)
         self.outcomes: dict[str, Outcome] = {}
         self.known: dict[str, Input] = {}
@@ -373,7 +373,7 @@ class Experiment:
             self.console,
             self._rows(),
             report.findings(facts),
-            report.examples(folders["evaluate"] / "completions.parquet"),
+            report.examples(folders["evaluate"] / COMPLETIONS),
             facts["gate"],
             model,
             hints,
@@ -383,7 +383,7 @@ class Experiment:
     def markdown(self, model: str) -> str:
         """The run's report as Markdown."""
         facts = {name: outcome.artifact.facts for name, outcome in self.outcomes.items()}
-        completions = self.outcomes["evaluate"].artifact.path / "completions.parquet"
+        completions = self.outcomes["evaluate"].artifact.path / COMPLETIONS
         shown = report.examples(completions)
         return report.markdown(self.folder.name, self._rows(), report.findings(facts), shown, facts["gate"], model)
 

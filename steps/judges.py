@@ -27,6 +27,7 @@ from steps.errors import PrefloopError, RecipeError
 from steps.statistics import pair_accuracy
 
 TIE_WIDTH = 1e-9
+# From prompts and answers, a number each: higher is better.
 Scores = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
 

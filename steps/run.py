@@ -145,9 +145,8 @@ def execute(partial: Path) -> None:
     facts: Facts = function(**sections, **inputs, seed=spec.seed, out=partial, tracker=tracker)
     if alarms := tracker.watch.facts():
         facts["alarms"] = alarms
-        (partial / ALARMS).write_text(
-            json.dumps(alarms, indent=1), encoding="utf-8"
-        )  # so that the gate's key sees them
+        # As a file of the artifact, for the gate's key is made of its inputs' files.
+        (partial / ALARMS).write_text(json.dumps(alarms, indent=1), encoding="utf-8")
     (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     charts.draw(partial, spec.step, inputs, facts)
 

@@ -92,6 +92,12 @@ def win_rate(
     return WinRate(wins, ties, losses, successes / len(difference), low, high, sign_test(wins, losses))
 
 
+def won(preferences: Numbers, confidence: float = 0.95) -> WinRate:
+    """Win rate in (n,) verdicts: above ½ is a win, below it a loss."""
+    verdicts = np.asarray(preferences, float)
+    return win_rate(verdicts, 1 - verdicts, confidence)
+
+
 def win_rate_by(groups: Sequence[Hashable], preferences: Numbers, confidence: float = 0.95) -> dict[Hashable, WinRate]:
     """A win rate for each topic, source or other label, in the order of first appearance.
 
@@ -103,10 +109,7 @@ def win_rate_by(groups: Sequence[Hashable], preferences: Numbers, confidence: fl
     if len(groups) != len(verdicts):
         raise ValueError(f"{len(groups)} labels for {len(verdicts)} preferences")
     codes, labels = numbered(groups)
-    halves = np.full(len(verdicts), 0.5)
-    return {
-        label: win_rate(verdicts[codes == code], halves[codes == code], confidence) for code, label in enumerate(labels)
-    }
+    return {label: won(verdicts[codes == code], confidence) for code, label in enumerate(labels)}
 
 
 def pair_accuracy(chosen: Numbers, rejected: Numbers) -> float:

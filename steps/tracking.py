@@ -180,6 +180,11 @@ def quiet_environment() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 
 
+def forwarder(var: Var) -> Forwarder:
+    """The forwarder of a project, to the server its environment names."""
+    return Forwarder(tracking_uri(var), var.folder("mlflow-artifacts"))
+
+
 class Forwarder:
     """Sends journals to one MLflow server.
 

@@ -16,7 +16,7 @@ from urllib.request import urlopen
 
 from steps.errors import EnvironmentProblem
 from steps.paths import Var, project_root
-from steps.tracking import Forwarder, tracking_uri
+from steps.tracking import forwarder, tracking_uri
 
 HOST = "127.0.0.1"
 PORTS = {"mlflow": 5000, "prefect": 4200}
@@ -45,7 +45,7 @@ def create_databases(var: Var) -> None:
     Raises:
         EnvironmentProblem: Prefect's could not be created.
     """
-    _ = Forwarder(tracking_uri(var), var.folder("mlflow-artifacts")).client
+    _ = forwarder(var).client
     command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
     made = subprocess.run(command, env={**os.environ, **prefect_environment(var)}, capture_output=True, text=True)
     if made.returncode:
@@ -73,10 +73,10 @@ def start(var: Var) -> dict[str, tuple[str, subprocess.Popen]]:
     Raises:
         EnvironmentProblem: one of them does not come up; nothing is left running.
     """
-    forwarder = Forwarder(tracking_uri(var), var.folder("mlflow-artifacts"))
-    shared = forwarder.uri.startswith("http")
+    sender = forwarder(var)
+    shared = sender.uri.startswith("http")
     if not shared:
-        _ = forwarder.client  # the database exists before any server opens it
+        _ = sender.client  # the database exists before any server opens it
     ports = {name: _free_port(port) for name, port in PORTS.items()}
     commands = {
         "mlflow": [
