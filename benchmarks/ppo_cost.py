@@ -117,7 +117,7 @@ def peer() -> float:
     with tempfile.TemporaryDirectory() as scratch:
         args = PPOConfig(
             output_dir=scratch,
-            per_device_train_batch_size=MINIBATCH,
+            per_device_train_batch_size=ANSWERS,  # TRL's PPO calls so what a rollout holds
             num_mini_batches=ANSWERS // MINIBATCH,
             gradient_accumulation_steps=1,
             num_ppo_epochs=EPOCHS,
@@ -143,7 +143,7 @@ def peer() -> float:
             reward_model=reward,
             value_model=value,
             train_dataset=rows,
-            eval_dataset=rows.select(range(MINIBATCH)),
+            eval_dataset=rows,
             peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
             callbacks=[clock.callback],
         )

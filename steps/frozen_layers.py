@@ -12,8 +12,11 @@ it in the last bit.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -35,7 +38,8 @@ class FrozenLayers:
         self.lasting: dict[bytes, torch.Tensor] = {}
         self.hits = 0
         self._rows: list[bytes] | None = None  # of the forward under way; None where nothing can be remembered
-        self._known: torch.Tensor | None = None  # (rows, length, hidden), when every row is remembered
+        self._new: list[int] = []  # places of those that are not remembered yet
+        self._drawn: list[torch.Tensor] | None = None  # (rows, tokens fed at once, hidden), while answers are drawn
         decoder.register_forward_pre_hook(self._look_up, with_kwargs=True)
         for place, layer in enumerate(decoder.layers[:depth]):
             layer.forward = functools.partial(self._layer, place, layer.forward)
@@ -49,9 +53,40 @@ class FrozenLayers:
         self.kept = dict(self.lasting)
         self.size = sum(states.numel() * states.element_size() for states in self.kept.values())
 
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """While the body generates once, note what the layers make of every token that is fed; see `take`."""
+        self._drawn = []
+        try:
+            yield
+        finally:
+            self._drawn = None
+
+    def take(self, rows: Sequence[Sequence[int]], width: int, prompts: Sequence[int]) -> None:
+        """Remember rows that were just drawn, as far as all of their tokens were fed; called within `drawing`.
+
+        Args:
+            rows: prompts with what was drawn after them, as tokens.
+            width: of the prompts, padded on the left.
+            prompts: length of each.
+        """
+        if not self._drawn:
+            return
+        states = torch.cat(self._drawn, 1)
+        for place, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+            first = width - prompt
+            if first + len(row) <= states.shape[1]:
+                self._keep(np.array(row, dtype=np.int64).tobytes(), states[place, first : first + len(row)])
+
+    def _keep(self, row: bytes, states: torch.Tensor) -> None:
+        size = states.numel() * states.element_size()
+        if row not in self.kept and self.size + size <= self.limit:
+            self.kept[row] = states.clone()
+            self.size += size
+
     def _look_up(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         ids, mask = args[0] if len(args) == 1 else kwargs.get("input_ids"), kwargs.get("attention_mask")
-        self._rows = self._known = None
+        self._rows = None
         if (
             len(args) > 1
             or ids is None
@@ -63,26 +98,45 @@ class FrozenLayers:
         if mask is not None and any(not bool(row[:n].all()) for row, n in zip(mask, lengths, strict=True)):
             return  # padded on the left: positions shift with the batch
         self._rows = [row[:n].cpu().numpy().tobytes() for row, n in zip(ids, lengths, strict=True)]
-        if all(row in self.kept for row in self._rows):
-            first = self.kept[self._rows[0]]
-            self._known = first.new_zeros((*ids.shape, first.shape[-1]))
-            for place, row in enumerate(self._rows):
-                self._known[place, : len(self.kept[row])] = self.kept[row]
-            self.hits += len(self._rows)
+        self._new = [place for place, row in enumerate(self._rows) if row not in self.kept]
+        self.hits += len(self._rows) - len(self._new)
 
     def _layer(self, place: int, forward: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         last = place == self.depth - 1
-        if self._known is not None:
-            return self._known if last else hidden
-        hidden = forward(hidden, *args, **kwargs)
-        if last and self._rows is not None:
-            for states, row in zip(hidden.detach(), self._rows, strict=True):
-                length = len(row) // 8  # token ids are int64
-                size = length * states.shape[-1] * states.element_size()
-                if row not in self.kept and self.size + size <= self.limit:
-                    self.kept[row] = states[:length].clone()
-                    self.size += size
-        return hidden
+        if self._rows is None:
+            hidden = forward(hidden, *args, **kwargs)
+            if last and self._drawn is not None:
+                self._drawn.append(hidden.detach())
+            return hidden
+        if self._new:
+            some = functools.partial(_rows_of, places=self._new, of=len(self._rows))
+            hidden = hidden[self._new] if place == 0 else hidden
+            hidden = forward(hidden, *map(some, args), **{name: some(value) for name, value in kwargs.items()})
+        return self._whole(hidden) if last else hidden
+
+    def _whole(self, new: torch.Tensor) -> torch.Tensor:
+        """(rows, length, hidden) of the forward under way: new rows as computed, the others as remembered."""
+        rows = self._rows or []
+        whole = new.new_zeros((len(rows), *new.shape[1:]))
+        if self._new:
+            whole[self._new] = new
+        fresh = set(self._new)
+        for place, row in enumerate(rows):
+            length = len(row) // 8  # token ids are int64
+            if place in fresh:
+                self._keep(row, whole[place, :length].detach())
+            else:
+                whole[place, :length] = self.kept[row]
+        return whole
+
+
+def _rows_of(value: Any, places: Sequence[int], of: int) -> Any:
+    """Some rows of a layer's argument that has one for each of `of` rows; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(_rows_of(part, places, of) for part in value)
+    if isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == of > 1:
+        return value[list(places)]
+    return value
 
 
 def remember_frozen_layers(model: PreTrainedModel, depth: int) -> FrozenLayers | None:

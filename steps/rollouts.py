@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from trl import GRPOConfig
 from trl.trainer.utils import RepeatSampler
 
 from steps.artifact import Facts
-from steps.backbone import Rows, Scorer, load_adapter
+from steps.backbone import Rows, Scorer, load_adapter, merged
 from steps.config import GRPO, PPO, RLOO, OnPolicy
 from steps.errors import DataError, StepFailed
+from steps.frozen_layers import FrozenLayers
 from steps.implicit_rewards import HeldOut
 from steps.models import checkpoint_files, save_weights
 from steps.sampling import draw_tokens, uniforms_of
@@ -51,10 +53,10 @@ class AnswerReward:
     def __call__(
         self, prompts: Sequence[str], completions: Any, completion_ids: Sequence[Sequence[int]], **_: Any
     ) -> list[float]:
-        end = self.tokenizer.eos_token_id
+        end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         asked = self.tokenizer(list(prompts))["input_ids"]
-        whole = [[*ids] if ids and ids[-1] == end else [*ids, end] for ids in completion_ids]
-        pad = self.tokenizer.pad_token_id
+        # Where padding and end are one token the score is read before it, so that it need not be there.
+        whole = [[*ids] if end == pad or (ids and ids[-1] == end) else [*ids, end] for ids in completion_ids]
         rows = Rows.of(asked, whole, pad).to(self.scorer.model.device)
         self.latest = torch.cat([self.scorer.scores(part, pad) for part in rows.split(self.batch)])
         return self.latest.tolist()
@@ -75,6 +77,7 @@ class OnPolicyTrainer:
     """
 
     on_rollout: Callable[[Any, Mapping[str, list]], None] | None = None
+    memories: Sequence[FrozenLayers] = ()
 
     @property
     def policy(self):
@@ -119,10 +122,19 @@ class OnPolicyTrainer:
         """A completion of each prompt, as tokens."""
         first = self.rollout * self.args.generation_batch_size + self.accelerator.process_index * len(prompt_ids)
         numbers = uniforms_of(self.args.seed, first, len(prompt_ids), self.max_completion_length)
+        numbers = torch.nn.functional.pad(numbers, (0, 1))  # one step more, so that the last token is fed as well
         training = self.policy.training
         self.policy.eval()
-        pad = self.processing_class.pad_token_id
-        drawn = draw_tokens(self.policy, prompt_ids, numbers, self.temperature, self.eos_token_ids, pad)
+        pad, widths = self.processing_class.pad_token_id, list(map(len, prompt_ids))
+        with ExitStack() as stack:
+            stack.enter_context(merged(self.policy))
+            for memory in self.memories:
+                stack.enter_context(memory.drawing())
+            drawn = draw_tokens(self.policy, prompt_ids, numbers, self.temperature, self.eos_token_ids, pad)
+            drawn = [row[: self.max_completion_length] for row in drawn]
+            for memory in self.memories:
+                whole = [[*asked, *said] for asked, said in zip(prompt_ids, drawn, strict=True)]
+                memory.take(whole, max(widths), widths)
         self.policy.train(training)
         return drawn
 

@@ -9,9 +9,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from steps.backbone import Rows, merged
 from steps.config import Lora
 from steps.frozen_layers import FrozenLayers, remember_frozen_layers
 from steps.models import frozen_depth, load_policy, load_reward_model, lora_config
+from steps.sampling import draw_tokens, uniforms_of
 
 LORA = Lora(r=4, alpha=8, target_modules=("q_proj", "v_proj"), top_layers=1)
 HIDDEN = 16
@@ -98,16 +100,6 @@ def test_rows_are_remembered_whatever_batch_they_come_in(base: Path) -> None:
         assert memory.hits == before + len(again["input_ids"])
 
 
-def test_a_batch_with_one_new_row_is_computed_whole_and_rightly(base: Path) -> None:
-    model, plain = adapted(base), adapted(base)
-    memory = remember_frozen_layers(model, 1)
-    forward(model, rows())
-    mixed = {name: torch.cat([old, rows(seed=1)[name]]) for name, old in rows().items()}
-    torch.testing.assert_close(forward(model, mixed), forward(plain, mixed), atol=1e-6, rtol=1e-5)
-    assert memory.hits == 0
-    assert len(memory.kept) == 8
-
-
 def test_rows_padded_on_the_left_are_not_remembered(base: Path) -> None:
     model, plain = adapted(base), adapted(base)
     memory = remember_frozen_layers(model, 1)
@@ -147,9 +139,6 @@ def test_the_memory_keeps_to_its_limit(base: Path) -> None:
         torch.testing.assert_close(forward(model, rows()), forward(plain, rows()), atol=1e-6, rtol=1e-5)
     assert memory.size == 4 * HIDDEN * (9 + 8)
     assert sum(states.numel() * states.element_size() for states in memory.kept.values()) == memory.size
-    assert memory.hits == 0
-    two = {name: value[:2] for name, value in rows().items()}
-    forward(model, two)
     assert memory.hits == 2
 
 
@@ -198,3 +187,55 @@ def test_what_is_kept_is_not_forgotten(base: Path) -> None:
     assert memory.size == size
     forward(model, rows())
     assert memory.hits == 4
+
+
+def test_rows_among_new_ones_are_not_computed_again(base: Path) -> None:
+    plain, remembering = adapted(base), adapted(base)
+    memory = remember_frozen_layers(remembering, 1)
+    assert memory is not None
+    some, more = rows(count=2, seed=0), rows(count=3, seed=1)
+    mixed = {name: torch.cat([more[name][:1], some[name], more[name][1:]]) for name in some}
+    forward(remembering, some)
+    torch.testing.assert_close(forward(remembering, mixed), forward(plain, mixed), atol=1e-6, rtol=1e-5)
+    assert memory.hits == 2
+    assert len(memory.kept) == 5
+
+
+def test_what_was_drawn_needs_no_forward_of_its_own(base: Path) -> None:
+    plain, remembering = adapted(base), adapted(base)
+    memory = remember_frozen_layers(remembering, 1)
+    assert memory is not None
+    prompts, pad = [[5, 6, 7], [8, 9], [10, 11, 12, 13]], 0
+    with memory.drawing():
+        drawn = draw_tokens(remembering, prompts, uniforms_of(0, 0, 3, 7), 1.0, [1], pad)
+        fed = [row[:6] for row in drawn]  # the last one drawn was not fed
+        whole = [[*p, *c] for p, c in zip(prompts, fed, strict=True)]
+        memory.take(whole, 4, [3, 2, 4])
+    assert len(memory.kept) == 3
+    packed = Rows.of(prompts, fed, pad)
+    inputs = {"input_ids": packed.ids, "attention_mask": packed.mask}
+    torch.testing.assert_close(forward(remembering, inputs), forward(plain, inputs), atol=1e-5, rtol=1e-4)
+    assert memory.hits == 3
+
+
+def test_a_row_whose_end_was_not_fed_is_not_remembered(base: Path) -> None:
+    model = adapted(base)
+    memory = remember_frozen_layers(model, 1)
+    assert memory is not None
+    with memory.drawing():
+        drawn = draw_tokens(model, [[5, 6, 7], [8, 9]], uniforms_of(0, 0, 2, 4), 1.0, [], 0)
+        memory.take([[5, 6, 7, *drawn[0]], [8, 9, *drawn[1][:3]]], 3, [3, 2])
+    assert [len(row) // 8 for row in memory.kept] == [5]
+
+
+def test_merged_is_the_same_model_and_leaves_every_bit_as_it_was(base: Path) -> None:
+    model = adapted(base)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    inputs = rows()
+    apart = forward(model, inputs)
+    with merged(model):
+        torch.testing.assert_close(forward(model, inputs), apart, atol=1e-5, rtol=1e-4)
+        changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+        assert changed
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(forward(model, inputs), apart)
