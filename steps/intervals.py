@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, special, stats
 from statsmodels.regression.linear_model import OLS
 from statsmodels.stats.proportion import proportion_confint
 
@@ -48,7 +48,7 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
 
     Args:
         successes: may be fractional, with ties counted ½. The interval is then too wide, since a tie varies less than
-            a win or a loss does.
+            a win or a loss does: see `score_interval`.
         n: number of trials, at least 1.
 
     Returns:
@@ -58,6 +58,39 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
         raise ValueError("an interval needs at least one trial")
     low, high = proportion_confint(successes, n, alpha=1 - confidence, method="wilson")
     return float(low), float(high)
+
+
+def score_interval(wins: int, ties: int, losses: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Score interval of a win rate whose ties count ½, knowing that a tie varies less than a win or a loss does.
+
+    The rate is (1 + θ) / 2 with θ = P(win) − P(loss), the difference of two paired proportions, whose score interval is
+    Tango's (1998, Stat. Med. 17, p. 891, eq. 10 and 17): the θ that the score test does not reject, P(loss) being its
+    likeliest under that θ. Without ties that is Wilson's.
+
+    Returns:
+        lower and upper bound, inside [0, 1].
+    """
+    n = wins + ties + losses
+    if not ties:
+        return wilson(wins, n, confidence)
+    critical = float(stats.norm.ppf((1 + confidence) / 2))
+    low = _least_difference(wins, losses, n, critical)
+    high = -_least_difference(losses, wins, n, critical)
+    return (1 + low) / 2, (1 + high) / 2
+
+
+def _least_difference(wins: int, losses: int, n: int, critical: float) -> float:
+    """The least θ = P(win) − P(loss) that lies no more than `critical` standard errors below what was seen."""
+
+    def excess(theta: float) -> float:
+        slope = -(wins + losses) + (2 * n - wins + losses) * theta
+        lost = (math.sqrt(max(0.0, slope**2 + 8 * n * losses * theta * (1 - theta))) - slope) / (4 * n)
+        return wins - losses - n * theta - critical * math.sqrt(max(0.0, n * (2 * lost + theta * (1 - theta))))
+
+    if not (wins or losses):  # the root is known, and what was seen would be taken for one
+        return -(critical**2) / (n + critical**2)
+    seen = (wins - losses) / n
+    return float(optimize.brentq(excess, -1.0, seen, xtol=1e-14))
 
 
 def normal_interval(preferences: Numbers, confidence: float = 0.95) -> tuple[float, float]:
@@ -119,11 +152,23 @@ def bootstrap_interval(
     for first in range(0, resamples, rows):
         drawn = rng.integers(count, size=(min(rows, resamples - first), count))
         means[first : first + rows] = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    return bounds_of_draws(means, sums, sizes, confidence, method)
+
+
+def bounds_of_draws(
+    drawn: np.ndarray, sums: np.ndarray, sizes: np.ndarray, confidence: float, method: Literal["bca", "percentile"]
+) -> tuple[float, float]:
+    """Interval of a mean over clusters from the means of resamples of them.
+
+    Args:
+        drawn: (resamples,).
+        sums, sizes: (G,) of each cluster.
+    """
     levels = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
     if method == "bca":
         left_out = (sums.sum() - sums) / (sizes.sum() - sizes)
-        levels = bca_levels(levels, means, mean, left_out)
-    low, high = np.quantile(means, levels)
+        levels = bca_levels(levels, drawn, sums.sum() / sizes.sum(), left_out)
+    low, high = np.quantile(drawn, levels)
     return float(low), float(high)
 
 
@@ -136,12 +181,12 @@ def bca_levels(levels: np.ndarray, drawn: np.ndarray, value: float, left_out: np
         left_out: the statistic without each unit in turn.
     """
     below = ((drawn < value).mean() + (drawn <= value).mean()) / 2
-    bias = stats.norm.ppf(np.clip(below, 0.5 / len(drawn), 1 - 0.5 / len(drawn)))
+    bias = special.ndtri(np.clip(below, 0.5 / len(drawn), 1 - 0.5 / len(drawn)))
     influence = left_out.mean() - left_out
     spread = (influence**2).sum() ** 1.5
     acceleration = (influence**3).sum() / (6 * spread) if spread > 0 else 0.0
-    shifted = bias + stats.norm.ppf(levels)
-    return stats.norm.cdf(bias + shifted / (1 - acceleration * shifted))
+    shifted = bias + special.ndtri(levels)
+    return special.ndtr(bias + shifted / (1 - acceleration * shifted))
 
 
 def in_clusters(preferences: Numbers, clusters: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray, int]:

@@ -19,10 +19,10 @@ from rensa import RMinHash
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from steps.intervals import wilson
 from steps.readers import records
 from steps.rows import CHUNK, PLACE, TEXTS, chunks, hashes
 from steps.sources import File
-from steps.statistics import wilson
 
 ANSWERS = ["chosen", "rejected", "answer"]
 COLUMNS = ["kind", *TEXTS, "tie", "margin", "score", "ratings", "annotator", "problem", *PLACE]

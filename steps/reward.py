@@ -14,9 +14,9 @@ from trl import RewardConfig, RewardTrainer
 from steps.artifact import Facts
 from steps.calibration import accuracy_by, calibration
 from steps.config import Lora, Reward
+from steps.intervals import wilson
 from steps.models import MASTER, checkpoint_files, load_reward_model, load_tokenizer, lora_config, save_weights
 from steps.pairs import COLUMNS, training_and_held_out
-from steps.statistics import wilson
 from steps.tracking import Tracker
 from steps.training import LengthGrouped, arguments, held_out_metrics, run_trainer
 

@@ -7,6 +7,7 @@ where a judge gives a probability.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,9 @@ import numpy as np
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from steps.intervals import Numbers, checked_preferences, cluster_interval, numbered, wilson
+from steps.intervals import Numbers, checked_preferences, cluster_interval, numbered, score_interval
+
+OTHER = "other"  # the group of what is too rare for one of its own
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class WinRate:
     Attributes:
         wins, ties, losses: of the first model.
         rate: (wins + ½ ties) / n.
-        low, high: Wilson interval of the rate.
+        low, high: score interval of the rate, Wilson's where nothing ties (`score_interval`).
         p_value: exact two-sided sign test of wins against losses; ties say nothing.
     """
 
@@ -88,7 +91,7 @@ def win_rate(
     losses = int((difference < -tie_width).sum())
     ties = len(difference) - wins - losses
     successes = wins + ties / 2
-    low, high = wilson(successes, len(difference), confidence)
+    low, high = score_interval(wins, ties, losses, confidence)
     return WinRate(wins, ties, losses, successes / len(difference), low, high, sign_test(wins, losses))
 
 
@@ -110,6 +113,20 @@ def win_rate_by(groups: Sequence[Hashable], preferences: Numbers, confidence: fl
         raise ValueError(f"{len(groups)} labels for {len(verdicts)} preferences")
     codes, labels = numbered(groups)
     return {label: won(verdicts[codes == code], confidence) for code, label in enumerate(labels)}
+
+
+def few_groups(labels: Sequence[object], least: int = 10, most: int = 10) -> list[str]:
+    """(n,) labels of which at most `most` differ: rare and missing ones become `OTHER`.
+
+    Args:
+        labels: (n,), text; anything else is missing.
+        least: prompts a group needs to stand for itself.
+    """
+    counts = Counter(label for label in labels if isinstance(label, str) and label != OTHER)
+    large = sorted((label for label in counts if counts[label] >= least), key=lambda label: (-counts[label], label))
+    whole = len(large) <= most and sum(counts[label] for label in large) == len(labels)
+    kept = set(large if whole else large[: most - 1])
+    return [label if isinstance(label, str) and label in kept else OTHER for label in labels]
 
 
 def pair_accuracy(chosen: Numbers, rejected: Numbers) -> float:

@@ -11,15 +11,18 @@ from hypothesis import strategies as st
 from scipy.stats import bootstrap, norm, t
 
 from steps.intervals import (
+    _least_difference,
     bootstrap_interval,
     cluster_interval,
     normal_interval,
+    score_interval,
     standard_error,
     wilson,
 )
 from steps.statistics import (
     best_of_n_kl,
     distinct,
+    few_groups,
     holm,
     pair_accuracy,
     pooled,
@@ -62,6 +65,49 @@ def test_wilson_covers_as_often_as_it_says() -> None:
     bounds = {k: wilson(k, 200) for k in set(successes.tolist())}
     covered = np.mean([bounds[k][0] <= 0.7 <= bounds[k][1] for k in successes.tolist()])
     assert 0.93 <= covered <= 0.97
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(1, 0), (0, 50), (50, 0)])
+def test_the_score_interval_of_verdicts_that_all_agree_is_wilsons(wins: int, losses: int) -> None:
+    assert score_interval(wins, 0, losses) == wilson(wins, wins + losses)
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(35, 15), (1, 49), (25, 25)])
+def test_the_score_interval_without_ties_is_wilsons(wins: int, losses: int) -> None:
+    """Also by way of the root that ties need."""
+    n = wins + losses
+    assert score_interval(wins, 0, losses) == wilson(wins, n)
+    z = norm.ppf(0.975)
+    rooted = [(1 + _least_difference(wins, losses, n, z)) / 2, (1 - _least_difference(losses, wins, n, z)) / 2]
+    assert rooted == pytest.approx(wilson(wins, n), abs=1e-9)
+
+
+def test_the_score_interval_is_the_one_of_a_published_implementation() -> None:
+    """R's PropCIs: scoreci.mp(25, 28, 618, 0.9) is −0.0148 to 0.0247, as differences of proportions."""
+    low, high = score_interval(28, 565, 25, confidence=0.9)
+    assert (2 * low - 1, 2 * high - 1) == pytest.approx((-0.0148, 0.0247), abs=5e-5)
+
+
+def test_the_score_interval_of_ties_alone_by_hand() -> None:
+    """θ is P(win) − P(loss) and, with no loss likeliest, P(win) = θ: nθ² = z² (θ − θ²) gives θ = z² / (n + z²)."""
+    theta = norm.ppf(0.975) ** 2 / (40 + norm.ppf(0.975) ** 2)
+    assert score_interval(0, 40, 0) == pytest.approx(((1 - theta) / 2, (1 + theta) / 2))
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 60))
+def test_the_score_interval_holds_the_rate_and_turns_round_with_the_sides(wins: int, ties: int, losses: int) -> None:
+    n = wins + ties + losses
+    if n:
+        low, high = score_interval(wins, ties, losses)
+        assert 0 <= low <= high <= 1
+        assert low - 1e-12 <= (wins + ties / 2) / n <= high + 1e-12
+        assert score_interval(losses, ties, wins) == pytest.approx((1 - high, 1 - low))
+
+
+def test_ties_narrow_the_interval() -> None:
+    """The variance of a verdict at rate ½ is (1 − ties) / 4, so at 40 % ties widths go by √0.6."""
+    (low, high), (least, most) = score_interval(300, 400, 300), wilson(500, 1000)
+    assert (high - low) / (most - least) == pytest.approx(math.sqrt(0.6), rel=0.005)
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40))
@@ -307,6 +353,24 @@ def test_groups_hold_every_prompt_once(cases: list[tuple[str, float]]) -> None:
     whole = win_rate(preferences, [0.5] * len(preferences))
     assert sum(group.n for group in found.values()) == whole.n
     assert sum(group.rate * group.n for group in found.values()) / whole.n == pytest.approx(whole.rate)
+
+
+def test_few_groups_by_hand() -> None:
+    labels = ["a"] * 12 + ["b"] * 10 + ["c"] * 9 + [None, float("nan")]
+    assert few_groups(labels) == ["a"] * 12 + ["b"] * 10 + ["other"] * 11
+    assert few_groups(["a"] * 12 + ["b"] * 10) == ["a"] * 12 + ["b"] * 10
+    assert few_groups([]) == []
+
+
+@given(st.lists(st.sampled_from([*"abcdefgh", None, "other"]), max_size=80), st.integers(1, 12), st.integers(2, 5))
+def test_groups_are_few_and_large_whatever_the_labels(labels: list, least: int, most: int) -> None:
+    groups = few_groups(labels, least, most)
+    assert len(set(groups)) <= most
+    assert all(group in (label, "other") for group, label in zip(groups, labels, strict=True))
+    for group in set(groups) - {"other"}:
+        assert groups.count(group) == labels.count(group) >= least
+    kept, pooled_away = set(groups) - {"other"}, set(labels) - set(groups) - {None, "other"}
+    assert max(map(labels.count, pooled_away), default=0) <= min(map(labels.count, kept), default=len(labels))
 
 
 def test_groups_may_be_tuples_and_must_fit() -> None:
