@@ -19,6 +19,7 @@ RECORDS = frozenset(
     {
         MANIFEST,
         CHART,
+        "cpu_seconds.json",
         "error.json",
         "facts.json",
         "journal.jsonl",
@@ -70,6 +71,7 @@ class Artifact:
         facts: the step's headline numbers and descriptions, JSON values only.
         files: sha256 of every file, by relative name.
         seconds: wall-clock time the step took, resumed parts included.
+        cpu_seconds: processor time of the step's processes, resumed parts included; None where nobody measured it.
     """
 
     path: Path
@@ -80,13 +82,23 @@ class Artifact:
     facts: Facts = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    cpu_seconds: float | None = None
 
 
-def seal(folder: Path, kind: str, key: str, inputs: Mapping[str, str], facts: Facts, seconds: float) -> Artifact:
+def seal(
+    folder: Path,
+    kind: str,
+    key: str,
+    inputs: Mapping[str, str],
+    facts: Facts,
+    seconds: float,
+    cpu_seconds: float | None = None,
+) -> Artifact:
     """Write the manifest, last of all: a directory with a manifest is whole."""
     files = {name: digest_file(path) for name, path in payload(folder).items()}
     digest = digest_json(files)
-    artifact = Artifact(folder, kind, key, digest, dict(inputs), facts, files, round(seconds, 2))
+    cpu = None if cpu_seconds is None else round(cpu_seconds, 2)
+    artifact = Artifact(folder, kind, key, digest, dict(inputs), facts, files, round(seconds, 2), cpu)
     record = {name: value for name, value in asdict(artifact).items() if name != "path"}
     temporary = folder / f"{MANIFEST}.tmp"
     temporary.write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")

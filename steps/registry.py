@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steps.artifact import digest_file, digest_json, payload
-from steps.errors import EnvironmentProblem, PrefloopError
+from steps.errors import EnvironmentProblem, PrefloopError, did_you_mean
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+MET = "met"  # tag of a version: the champion it was judged against
 AUDIT = "audit."  # tags of the registered model: one for each change of champion
 ROLLED_BACK = "rolled_back"  # tag of a version that was champion and that people took down
 
@@ -59,6 +61,114 @@ def champion(client: MlflowClient, name: str) -> Version | None:
             then="start it (or unset MLFLOW_TRACKING_URI), then run again: finished steps are reused",
         ) from error
     return Version(name, str(found.version), str(found.run_id), dict(found.tags))
+
+
+def find(client: MlflowClient, name: str, which: str) -> Version:
+    """A version by its number, or by the alias it has.
+
+    Raises:
+        PrefloopError: there is no such model, or no such version of it.
+        EnvironmentProblem: the registry cannot be reached.
+    """
+    aliases, known = _aliases(client, name), _versions(client, name)
+    number = aliases.get(which, which)
+    for version in known:
+        if version.version == number:
+            return version
+    options = [f"{name}@{alias}" for alias in sorted(aliases)] + [f"{name}/{version.version}" for version in known]
+    raise PrefloopError(
+        f"there is no version '{which}' of the model '{name}'",
+        where=f"models:/{name}",
+        have=f"known: {', '.join(options[:12])}" if options else "no version at all",
+        then=f"`prefloop history {name}` shows how its champion changed",
+    )
+
+
+def versions_of(client: MlflowClient, name: str) -> list[Version]:
+    """Every version of a model, the oldest first; none while there is no such model.
+
+    Raises:
+        EnvironmentProblem: the registry cannot be reached.
+    """
+    return _versions(client, name)
+
+
+def met_by(client: MlflowClient, version: Version) -> Version | None:
+    """The champion a version was judged against, if there was one and it is still there."""
+    return next((one for one in _versions(client, version.name) if one.version == version.tags.get(MET)), None)
+
+
+def aliases_of(client: MlflowClient, version: Version) -> list[str]:
+    """The aliases a version has now."""
+    return sorted(alias for alias, number in _aliases(client, version.name).items() if number == version.version)
+
+
+def every_version(client: MlflowClient) -> list[Version]:
+    """Every version of every model.
+
+    Raises:
+        EnvironmentProblem: the registry cannot be reached.
+    """
+    return [version for name in _names(client) for version in _versions(client, name)]
+
+
+def _names(client: MlflowClient) -> list[str]:
+    with _reached(client):
+        return sorted(model.name for model in client.search_registered_models(max_results=1000))
+
+
+def _versions(client: MlflowClient, name: str) -> list[Version]:
+    """The versions of a model, the oldest first."""
+    with _reached(client):
+        found = client.search_model_versions(f"name='{name}'", max_results=10_000)
+    versions = [Version(name, str(one.version), str(one.run_id), dict(one.tags)) for one in found]
+    return sorted(versions, key=lambda version: int(version.version))
+
+
+def _aliases(client: MlflowClient, name: str) -> dict[str, str]:
+    if name not in (known := _names(client)):
+        raise PrefloopError(
+            f"there is no model '{name}'",
+            where=str(client.tracking_uri),
+            have=did_you_mean(name, known) if known else "no model at all",
+            then="`prefloop run` registers models",
+        )
+    with _reached(client):
+        return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
+
+
+@contextmanager
+def _reached(client: MlflowClient) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise EnvironmentProblem(
+            "the model registry cannot be reached",
+            where=str(client.tracking_uri),
+            have=str(error).splitlines()[0],
+            then="start it, or unset MLFLOW_TRACKING_URI for the project's own file",
+        ) from error
+
+
+def kept(client: MlflowClient, newest: int) -> list[tuple[Version, str]]:
+    """The versions of every model that are to be kept, each with why: its aliases, or `newest`.
+
+    Args:
+        newest: how many of a model's newest versions count, whatever their aliases.
+
+    Raises:
+        EnvironmentProblem: the registry cannot be reached.
+    """
+    found = []
+    for name in _names(client):
+        aliases, versions = _aliases(client, name), _versions(client, name)
+        for place, version in enumerate(reversed(versions)):
+            held = sorted(alias for alias, number in aliases.items() if number == version.version)
+            if why := ", ".join(held) or ("newest" if place < newest else ""):
+                found.append((version, why))
+    return found
 
 
 def register(
@@ -167,10 +277,17 @@ def _crown(client: MlflowClient, name: str, version: str, who: str, because: str
         time = datetime.now(UTC)
         entry = {"time": time.isoformat(timespec="seconds"), "how": how, "who": who, "from": before, "to": version}
         record = json.dumps({**entry, "because": because[:4000]}, ensure_ascii=False)
-        client.set_registered_model_tag(name, f"{AUDIT}{time:%Y%m%dT%H%M%S%f}", record)
+        client.set_registered_model_tag(name, _next_change(client, name, time), record)
         client.set_registered_model_alias(name, CHAMPION, version)
     if version == _holder(client, name, CHALLENGER):
         client.delete_registered_model_alias(name, CHALLENGER)
+
+
+def _next_change(client: MlflowClient, name: str, time: datetime) -> str:
+    """A tag for a change of champion that sorts behind those before it, though the clock may have been put back."""
+    last = max((tag for tag in client.get_registered_model(name).tags if tag.startswith(AUDIT)), default="")
+    tag = f"{AUDIT}{time:%Y%m%dT%H%M%S%f}"
+    return tag if tag > last else f"{last}+"
 
 
 def _holder(client: MlflowClient, name: str, alias: str) -> str | None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ from typing import Any
 from filelock import FileLock
 
 from steps import code, config
-from steps.artifact import Artifact, Facts, digest_json, open_artifact, seal
+from steps.artifact import MANIFEST, Artifact, Facts, digest_json, open_artifact, seal, verify
 from steps.errors import PrefloopError, StepFailed
 
 PARTIAL = ".partial"
+CPU = "cpu_seconds.json"
 ALARMS = "alarms.json"
 KEY_LENGTH = 16
 
@@ -57,7 +60,7 @@ class StepSpec:
     def key(self) -> str:
         content = {
             "step": self.step,
-            "config": self.config,
+            "config": {name: config.keyed(name, value) for name, value in self.config.items()},
             "inputs": {name: given.digest for name, given in self.inputs.items()},
             "seed": self.seed,
             "code": code.code_digest(self.function.partition(":")[0]),
@@ -115,7 +118,11 @@ class Store:
 
     def lock(self, spec: StepSpec) -> FileLock:
         """Held while a step runs; the system lets go of it when its holder dies."""
-        return FileLock(self.locks / f"{spec.name}.lock")
+        return self.lock_of(spec.name)
+
+    def lock_of(self, name: str, timeout: float = -1) -> FileLock:
+        """The lock of the step with that name; without end, or `timeout` seconds, others are waited for."""
+        return FileLock(self.locks / f"{name}.lock", timeout=timeout)
 
     def forget(self, spec: StepSpec) -> None:
         """Drop a finished artifact and any work towards it."""
@@ -131,8 +138,24 @@ def execute(partial: Path) -> None:
     """Do a step's work, here, in this process.
 
     Args:
-        partial: holds `spec.json`; the function's output goes beside it, its facts into `facts.json`.
+        partial: holds `spec.json`; the function's output goes beside it, its facts into `facts.json`, and the
+            processor time it took, when it ends of itself, into `cpu_seconds.json`.
     """
+    started, spent = _cpu_seconds(), _read_seconds(partial / CPU)
+    try:
+        _execute(partial)
+    finally:
+        if partial.is_dir():
+            (partial / CPU).write_text(json.dumps((spent or 0.0) + _cpu_seconds() - started), encoding="utf-8")
+
+
+def _cpu_seconds() -> float:
+    """Processor time so far of this process and of its children that have ended."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def _execute(partial: Path) -> None:
     from steps import charts
     from steps.tracking import Spool
 
@@ -169,16 +192,17 @@ def run_step(
     Raises:
         PrefloopError: the step failed; its partial directory is kept.
     """
-    if found := store.find(spec):
-        return Outcome(found, reused=True)
     with store.lock(spec):
         if found := store.find(spec):
+            verify(found)
+            with suppress(OSError):
+                (found.path / MANIFEST).touch()  # in use again: housekeeping leaves it
             return Outcome(found, reused=True)
         partial = store.partial(spec)
         resumed = partial.is_dir()
         partial.mkdir(exist_ok=True)
         (partial / "spec.json").write_text(json.dumps(spec.to_json(), indent=1), encoding="utf-8")
-        spent = _seconds_spent(partial)
+        spent = _read_seconds(partial / "seconds.json") or 0.0
         started = time.monotonic()
         on_start(partial, resumed)
         try:
@@ -189,9 +213,11 @@ def run_step(
                 (partial / "seconds.json").write_text(json.dumps(spent + seconds), encoding="utf-8")
         facts = _take(partial / "facts.json", spec)
         (partial / "seconds.json").unlink()
+        cpu_seconds = _read_seconds(partial / CPU)
+        (partial / CPU).unlink(missing_ok=True)
         shutil.rmtree(partial / "checkpoints", ignore_errors=True)
         inputs = {name: given.digest for name, given in spec.inputs.items()}
-        artifact = seal(partial, spec.step, spec.key, inputs, facts, spent + seconds)
+        artifact = seal(partial, spec.step, spec.key, inputs, facts, spent + seconds, cpu_seconds)
         final = store.path / spec.name
         partial.rename(final)
         whole = open_artifact(final)
@@ -200,11 +226,11 @@ def run_step(
         return Outcome(whole, reused=False, resumed=resumed, seconds=seconds)
 
 
-def _seconds_spent(partial: Path) -> float:
+def _read_seconds(path: Path) -> float | None:
     try:
-        return float(json.loads((partial / "seconds.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return 0.0
+        return float(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _take(path: Path, spec: StepSpec) -> Facts:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +28,7 @@ from steps.paths import Var
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 JOURNAL = "journal.jsonl"
 SENT = "tracking.json"
@@ -69,7 +72,9 @@ def append(folder: Path, op: str, **fields: Any) -> None:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a writer was killed inside its line
             line = "\n" + line
-        os.write(descriptor, line.encode("utf-8"))
+        written = os.write(descriptor, content := line.encode("utf-8"))
+        while written < len(content):  # the disk is full: the next write says so
+            written += os.write(descriptor, content[written:])
     finally:
         os.close(descriptor)
 
@@ -164,6 +169,54 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: sorted(points) for name, points in found.items()}
 
 
+@dataclass
+class Record:
+    """A run as it was written down, in a journal or in MLflow.
+
+    Attributes:
+        run_id: MLflow's name of it; empty while it has none.
+        started, ended: milliseconds since 1970; None where it is not known.
+        metrics: the last value of each.
+        datasets: what it read: name, md5, path, revision, rows, context.
+        source: where this was read.
+    """
+
+    name: str
+    run_id: str = ""
+    status: str = ""
+    started: int | None = None
+    ended: int | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+    params: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    datasets: list[dict[str, Any]] = field(default_factory=list)
+    source: str = ""
+
+
+def record_of(folder: Path) -> Record | None:
+    """What the journal in `folder` says of its run; None where there is no journal."""
+    found: Record | None = None
+    for _, entry in entries(folder):
+        op = entry["op"]
+        if op == "start":
+            began = found.started if found else entry["time"]
+            found = found or Record(entry["name"], source=str(folder))
+            found.tags |= {name: str(value) for name, value in entry["tags"].items()}
+            found.status, found.started, found.ended = "RUNNING", began, None
+        elif found is None:
+            return None
+        elif op in ("params", "tags"):
+            values = {name: str(value) for name, value in entry["values"].items()}
+            (found.params if op == "params" else found.tags).update(values)
+        elif op == "metrics":
+            found.metrics |= entry["values"]
+        elif op == "inputs":
+            found.datasets += entry["datasets"]
+        elif op == "end":
+            found.status, found.ended = entry["status"], entry["time"]
+    return found
+
+
 # -- MLflow ------------------------------------------------------------------------------------------------------
 
 
@@ -216,9 +269,13 @@ class Forwarder:
         location = (self.artifacts / name).as_uri() if self.uri.startswith("sqlite:///") else None
         return str(self.client.create_experiment(name, artifact_location=location))
 
-    def forward(self, folder: Path) -> bool:
-        """Send what the journal in `folder` holds and the server has not got. True when nothing is left to send."""
-        if time.monotonic() < self._not_before:
+    def forward(self, folder: Path, now: bool = False) -> bool:
+        """Send what the journal in `folder` holds and the server has not got. True when nothing is left to send.
+
+        Args:
+            now: try although the server was dead a moment ago.
+        """
+        if time.monotonic() < self._not_before and not now:
             return False
         try:
             with FileLock(folder / f"{SENT}.lock"):
@@ -248,7 +305,7 @@ class Forwarder:
             if run_id is None:
                 experiment = self.experiment(entry["experiment"])
                 run = self.client.create_run(experiment, start_time=entry["time"], tags=tags, run_name=entry["name"])
-                sent["run_id"] = run.info.run_id
+                sent["run_id"], sent["begun"] = run.info.run_id, entry["time"]
             else:  # the step was interrupted: its run goes on, under the flow run that resumed it
                 self.client.update_run(run_id, status="RUNNING")
                 self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
@@ -274,7 +331,8 @@ class Forwarder:
                 shown = json.dumps([{"path": entry["path"], "type": "table"}])
                 self.client.set_tag(run_id, "mlflow.loggedArtifacts", shown)
         elif entry["op"] == "end":
-            self.client.set_terminated(run_id, entry["status"], entry["time"])
+            ended = max(entry["time"], sent.get("begun", 0))  # the clock may have been put back meanwhile
+            self.client.set_terminated(run_id, entry["status"], ended)
 
     def _run_of(self, folder: Path) -> str | None:
         """The run of another journal, which is sent first when it has none yet."""
@@ -316,6 +374,93 @@ class Forwarder:
         return journal.is_file() and journal.stat().st_size > _read_sent(folder, self.uri)["offset"]
 
 
+# -- reading back ------------------------------------------------------------------------------------------------
+
+
+def read_run(client: MlflowClient, run_id: str) -> Record | None:
+    """One run of MLflow's, or None where it has none of that name.
+
+    Raises:
+        EnvironmentProblem: the tracking server cannot be reached.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return _record(client.get_run(run_id))
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise _unreachable(client, error) from error
+
+
+def find_runs(client: MlflowClient, wanted: str = "", experiments: Iterable[str] | None = None) -> list[Record]:
+    """The runs that fit a filter of MLflow's, the oldest first, over all experiments or those named.
+
+    Raises:
+        EnvironmentProblem: the tracking server cannot be reached.
+    """
+    from mlflow.exceptions import MlflowException
+
+    named = None if experiments is None else set(experiments)
+    found: list[Record] = []
+    try:
+        ids = [one.experiment_id for one in client.search_experiments() if named is None or one.name in named]
+        token: str | None = None
+        while ids:
+            page = client.search_runs(ids, wanted, page_token=token, order_by=["attributes.start_time ASC"])
+            found += map(_record, page)
+            if not (token := page.token):
+                break
+    except MlflowException as error:
+        raise _unreachable(client, error) from error
+    return found
+
+
+def read_artifact(client: MlflowClient, run_id: str, path: str) -> str | None:
+    """The text of a run's artifact, or None where it cannot be had: a server may know a run and not hold its files."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            return Path(client.download_artifacts(run_id, path, scratch)).read_text(encoding="utf-8")
+        except Exception:  # MLflow's stores raise whatever the way to the file does
+            return None
+
+
+def _record(run: Run) -> Record:
+    data, info = run.data, run.info
+    return Record(
+        name=str(data.tags.get("mlflow.runName", info.run_id)),
+        run_id=str(info.run_id),
+        status=str(info.status),
+        started=info.start_time,
+        ended=info.end_time,
+        tags=dict(data.tags),
+        params=dict(data.params),
+        metrics=dict(data.metrics),
+        datasets=[_dataset(given) for given in (run.inputs.dataset_inputs if run.inputs else [])],
+        source="MLflow",
+    )
+
+
+def _dataset(given: Any) -> dict[str, Any]:
+    """An input of a run, as `_log_inputs` was given it; a run of somebody else's has a name and a digest at least."""
+    known: dict[str, Any] = {"name": given.dataset.name, "md5": given.dataset.digest}
+    for text, names in ((given.dataset.source, ("path", "revision")), (given.dataset.profile, ("rows",))):
+        with suppress(ValueError, TypeError, AttributeError):
+            known |= {name: value for name, value in json.loads(text).items() if name in names}
+    context = [tag.value for tag in given.tags if tag.key == "mlflow.data.context"]
+    return {**known, "context": context[0] if context else ""}
+
+
+def _unreachable(client: MlflowClient, error: Exception) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        "the tracking server cannot be reached",
+        where=str(client.tracking_uri),
+        have=str(error).splitlines()[0],
+        then="start it, or unset MLFLOW_TRACKING_URI for the project's own file",
+    )
+
+
 def _batches(lines: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Neighbouring metric lines together, everything else alone, each batch with the offset behind it."""
     batch: list[dict[str, Any]] = []
@@ -338,6 +483,14 @@ def _read_sent(folder: Path, uri: str) -> dict[str, Any]:
         return json.loads((folder / SENT).read_text(encoding="utf-8")).get(uri, {"offset": 0})
     except (OSError, ValueError):
         return {"offset": 0}
+
+
+def servers_of(folder: Path) -> list[str]:
+    """Addresses of the servers the journal in `folder` was sent to, even in part."""
+    try:
+        return list(json.loads((folder / SENT).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return []
 
 
 def _write_sent(folder: Path, uri: str, sent: Mapping[str, Any]) -> None:

@@ -1,0 +1,576 @@
+"""What saw a row: versions of the data, tables, steps and models. For whoever is asked to delete it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from steps import registry, tracking, versions
+from steps.artifact import digest_file
+from steps.changes import PLACE, read
+from steps.data_lineage import WORK_TREE, digest_of, revisions
+from steps.errors import DataError, PrefloopError
+from steps.lineage import Evidence
+from steps.pipeline import TABLES
+from steps.registry import Version
+from steps.report import printable
+from steps.tracking import Forwarder, Record
+
+SCHEMA = "prefloop.rows/1"
+ALL_ROWS = "rows"  # the table of every row that was read, with its place
+IDS = ("row_id", "chosen_id", "rejected_id")  # columns of a table that name rows
+CONTENT = ("prompt", "chosen", "rejected", "answer")
+TRAINED, ASKED, FITTED, MEASURED = "trained on", "asked in training", "judge fitted on", "measured on"
+UNUSED, UNCLEAR = "in the table it read, not used", "in the table it read"
+GRADES = ("no", "maybe", "yes")
+LEARNS = (TRAINED, ASKED, UNCLEAR)  # what may leave a trace in weights
+PAIRED = ("reward", "dpo")
+ON_POLICY = ("ppo", "rloo", "grpo")
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """Rows in a table of a version.
+
+    Attributes:
+        revisions: commits whose `dvc.lock` names the table, the newest first, or `work tree`.
+        rows: row id → line numbers in the table, from 0.
+        by: `row_id`, or `content` where the table holds no ids of the row.
+    """
+
+    dataset: str
+    table: str
+    md5: str
+    revisions: list[str]
+    rows: dict[str, list[int]]
+    by: str = "row_id"
+
+
+@dataclass(frozen=True)
+class StepSaw:
+    """A step that read a table with some of the rows.
+
+    Attributes:
+        uses: what became of the rows, such as `trained on` → how many of them.
+        rows: row ids by use.
+    """
+
+    step: str
+    key: str
+    run_id: str
+    table: str
+    md5: str
+    uses: dict[str, int]
+    rows: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class ModelSaw:
+    """A model version some step behind which read the rows.
+
+    Attributes:
+        learnt: whether its weights may hold something of the rows: `yes`, `maybe`, or `no` where they were only
+            measured with.
+        because: what its steps did with the rows, in words.
+    """
+
+    model: str
+    aliases: list[str]
+    run_id: str
+    learnt: str
+    because: list[str]
+
+
+@dataclass(frozen=True)
+class RowLineage:
+    """Everything that saw some rows.
+
+    Attributes:
+        asked: the row ids, or the file.
+        rows: row id → places (dataset, file, line, part) it was read from.
+        versions: dataset → (version digest, revision) of every version that holds one of them.
+        unknown: what could not be looked at, and why.
+    """
+
+    asked: list[str]
+    rows: dict[str, list[dict[str, Any]]]
+    versions: dict[str, list[tuple[str, str]]]
+    sightings: list[Sighting]
+    steps: list[StepSaw]
+    models: list[ModelSaw]
+    unknown: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """As docs/lineage.md describes it."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+def trace(root: Path, forwarder: Forwarder, *, rows: Sequence[str] = (), file: str | None = None) -> RowLineage:
+    """Look for rows in every version of every dataset that git's history names, and for what read those versions.
+
+    Args:
+        rows: row ids.
+        file: a batch file instead, by its name in `data/NAME/source`; all of its rows are looked for.
+
+    Raises:
+        DataError: no version that can be had holds such a row or file.
+    """
+    unknown: list[str] = []
+    history = _history(root)
+    with tempfile.TemporaryDirectory() as scratch:
+        tables = _Tables(history, root, Path(scratch))
+        places = _places(tables, rows, file)
+        wanted = set(places)
+        if not wanted:
+            raise DataError(
+                "no version of the data holds such a row" if file is None else f"no version of the data read '{file}'",
+                where=str(root / "dvc.lock"),
+                have=file or ", ".join(rows[:5]),
+                then=(tables.missing() or ["ids stand in the column row_id; `prefloop data show NAME` lists batches"])[
+                    0
+                ],
+            )
+        sightings = list(_sightings(tables, wanted))
+        runs, problem = _runs(forwarder)
+        if problem:
+            unknown.append(problem)
+        steps = [saw for record in runs for saw in _step_saw(record, sightings, tables)]
+    unknown += [*tables.missing(), *_unreadable_tables(runs, tables)]
+    models = _models(steps, Evidence(root, forwarder), unknown) if not problem else []
+    held = {(one.dataset, one.md5) for one in sightings}
+    return RowLineage(
+        asked=[file] if file else list(rows),
+        rows=places,
+        versions=_versions(history, held),
+        sightings=sightings,
+        steps=steps,
+        models=models,
+        unknown=unknown,
+    )
+
+
+# -- versions and tables -----------------------------------------------------------------------------------------
+
+History = dict[str, dict[str, dict[str, str]]]  # dataset → revision → table → md5
+
+
+def _history(root: Path) -> History:
+    """Every table of every dataset, of the work tree and of every commit that changed `dvc.lock`."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    found: History = {}
+    for revision in ["", *revisions(root)]:
+        try:
+            stages = yaml.load(versions.text(Path("dvc.lock"), root, revision), loader)["stages"]  # noqa: S506  (a safe one)
+        except (FileNotFoundError, PrefloopError, yaml.YAMLError, KeyError, TypeError):
+            continue
+        for name in {stage.partition("@")[2] for stage in stages if stage.startswith("split@")}:
+            with suppress(PrefloopError):
+                outs = versions.outputs(name, root, revision)
+                tables = {file.removesuffix(".parquet"): md5 for file, md5 in outs.items() if file.endswith(".parquet")}
+                found.setdefault(name, {})[revision or WORK_TREE] = tables
+    return found
+
+
+class _Tables:
+    """Tables of all versions by md5, from the work tree, DVC's cache or its remote; each is had once."""
+
+    def __init__(self, history: History, root: Path, scratch: Path) -> None:
+        self.root, self.scratch = root, scratch
+        self.of: dict[tuple[str, str, str], list[str]] = {}  # (dataset, table, md5) → revisions
+        for name, by_revision in history.items():
+            for revision, tables in by_revision.items():
+                for table, md5 in tables.items():
+                    self.of.setdefault((name, table, md5), []).append(revision)
+        self._paths: dict[str, Path | None] = {}
+        self._cached: dict[str, Path] | None = None
+
+    def named(self, *names: str) -> Iterator[tuple[str, str, str]]:
+        yield from (known for known in self.of if known[1] in names)
+
+    def path(self, dataset: str, table: str, md5: str) -> Path | None:
+        """Where a table can be read, or None where it cannot be had."""
+        if md5 not in self._paths:
+            self._paths[md5] = self._find(dataset, table, md5)
+        return self._paths[md5]
+
+    def _find(self, dataset: str, table: str, md5: str) -> Path | None:
+        here = self.root / "data" / dataset / f"{table}.parquet"
+        if here.is_file() and digest_file(here, "md5") == md5:
+            return here
+        if self._cached is None:
+            self._cached = versions.cached({known for _, _, known in self.of}, self.root)
+        if (kept := self._cached.get(md5)) and digest_file(kept, "md5") == md5:
+            return kept
+        at = self.of[dataset, table, md5][0]
+        with suppress(PrefloopError):
+            revision = "" if at == WORK_TREE else at
+            return versions.fetch(dataset, self.root, revision, self.scratch / md5, [here.name])[here.name]
+        return None
+
+    def missing(self) -> list[str]:
+        """What could not be had, a sentence for each version."""
+        lost: dict[tuple[str, str], list[str]] = {}
+        for (dataset, table, md5), at in self.of.items():
+            if md5 in self._paths and self._paths[md5] is None:
+                lost.setdefault((dataset, at[0]), []).append(table)
+        return [
+            f"{dataset} of {revision[:12]}: {', '.join(tables)} can be had neither from DVC's cache nor from its remote"
+            for (dataset, revision), tables in lost.items()
+        ]
+
+
+def _places(tables: _Tables, rows: Sequence[str], file: str | None) -> dict[str, list[dict[str, Any]]]:
+    """row id → where it was read from, for rows that some version holds."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for dataset, table, md5 in tables.named(ALL_ROWS):
+        if (path := tables.path(dataset, table, md5)) is None:
+            continue
+        frame = read(path, ["row_id", *PLACE])
+        mine = frame[frame["file"].isin(_names(file))] if file else frame[frame["row_id"].isin(rows)]
+        for row in mine.to_dict("records"):
+            part = row.get("part")
+            place = {"dataset": dataset, "file": row["file"], "line": int(row["line"])}
+            place["part"] = 0 if part is None or pd.isna(part) else int(part)
+            known = found.setdefault(str(row["row_id"]), [])
+            if place not in known:
+                known.append(place)
+    return found
+
+
+def _names(file: str) -> list[str]:
+    """What a batch file may be called in the tables: as it is, or below `source/`."""
+    return [file, file.rpartition("/source/")[2] or file]
+
+
+def _sightings(tables: _Tables, wanted: set[str]) -> Iterator[Sighting]:
+    texts = _Texts(tables, wanted)
+    for dataset, table, md5 in tables.named("valid", "quarantine", *TABLES):
+        if (path := tables.path(dataset, table, md5)) is None:
+            continue
+        frame = read(path, [*IDS])
+        ids = list(frame.columns)
+        frame = frame if ids else pd.read_parquet(path)
+        rows = _by_id(frame, ids, wanted) if ids else texts.find(frame, dataset, table)
+        if rows:
+            yield Sighting(dataset, table, md5, tables.of[dataset, table, md5], rows, "row_id" if ids else "content")
+
+
+def _by_id(frame: pd.DataFrame, columns: Sequence[str], wanted: set[str]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for column in columns:
+        for line, row in enumerate(frame[column].tolist()):
+            if row in wanted and line not in found.setdefault(row, []):
+                found[row].append(line)
+    return {row: sorted(lines) for row, lines in found.items()}
+
+
+class _Texts:
+    """Finds rows in tables without ids, such as `prompts` and those of older versions, by what they say."""
+
+    def __init__(self, tables: _Tables, wanted: set[str]) -> None:
+        self.rows: dict[str, dict[str, set[str]]] = {}  # dataset → column → row ids' texts
+        self.texts: dict[str, dict[str, list[tuple[str, str]]]] = {}
+        for dataset, table, md5 in tables.named(ALL_ROWS, "preferences"):
+            path = tables.path(dataset, table, md5)
+            if path is None:
+                continue
+            frame = read(path, [*IDS, *CONTENT])
+            for column in [name for name in IDS if name in frame]:
+                for row in frame[frame[column].isin(wanted)].to_dict("records"):
+                    self._learn(dataset, str(row[column]), row, sides=column == "row_id")
+
+    def _learn(self, dataset: str, row_id: str, row: Mapping[str, Any], sides: bool) -> None:
+        known = self.texts.setdefault(dataset, {})
+        for name in CONTENT if sides else ("prompt",):  # a made pair shows the prompt its rows were given
+            if isinstance(text := row.get(name), str):
+                entry = (row_id, text)
+                held = known.setdefault("prompt" if name == "prompt" else "answer", [])
+                if entry not in held:
+                    held.append(entry)
+
+    def find(self, frame: pd.DataFrame, dataset: str, table: str) -> dict[str, list[int]]:
+        """Lines that say what a row says: its prompt in `prompts`, one of its answers elsewhere."""
+        kind = "prompt" if table == "prompts" else "answer"
+        wanted = ("prompt",) if kind == "prompt" else ("completion", "chosen", "rejected", "answer")
+        columns = [name for name in wanted if name in frame]
+        lines: dict[str, list[int]] = {}
+        for column in columns:
+            for line, text in enumerate(frame[column].tolist()):
+                lines.setdefault(text, []).append(line)
+        found: dict[str, list[int]] = {}
+        for row, text in self.texts.get(dataset, {}).get(kind, []):
+            if text in lines:
+                found[row] = sorted({*found.get(row, []), *lines[text]})
+        return found
+
+
+def _versions(history: History, held: set[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, by_revision in history.items():
+        for revision, tables in by_revision.items():
+            if any((name, md5) in held for md5 in tables.values()):
+                digest = digest_of({table: md5 for table, md5 in tables.items() if table in TABLES})
+                found.setdefault(name, []).append((digest, revision))
+    return found
+
+
+# -- steps -------------------------------------------------------------------------------------------------------
+
+
+def _runs(forwarder: Forwarder) -> tuple[list[Record], str]:
+    """Every step MLflow knows, or why they cannot be had."""
+    try:
+        return tracking.find_runs(forwarder.client, "tags.`prefloop.step` != ''"), ""
+    except PrefloopError as error:
+        return [], f"{error.what} ({error.where}), so which runs and models read these tables is not known"
+
+
+def _step_saw(record: Record, sightings: Sequence[Sighting], tables: _Tables) -> Iterator[StepSaw]:
+    step, key = record.tags["prefloop.step"], record.tags.get("prefloop.key", "")
+    read_here = {str(given["md5"]) for given in record.datasets}
+    for seen in sightings:
+        if seen.md5 not in read_here:
+            continue
+        path = tables.path(seen.dataset, seen.table, seen.md5)
+        assert path is not None
+        uses = used(step, seen.table, pd.read_parquet(path), record.params)
+        rows: dict[str, list[str]] = {}
+        for row, lines in seen.rows.items():
+            for use in sorted({uses[line] for line in lines}):
+                rows.setdefault(use, []).append(row)
+        if len(rows) > 1 and UNUSED in rows:
+            elsewhere = {row for use, ids in rows.items() if use != UNUSED for row in ids}
+            rows[UNUSED] = [row for row in rows[UNUSED] if row not in elsewhere]
+            rows = {use: ids for use, ids in rows.items() if ids}
+        counts = {use: len(ids) for use, ids in rows.items()}
+        yield StepSaw(step, key, record.run_id, f"{seen.dataset}/{seen.table}", seen.md5, counts, rows)
+
+
+def used(step: str, table: str, frame: pd.DataFrame, params: Mapping[str, str]) -> list[str]:
+    """What a step did with each line of a table, as its settings decide it.
+
+    The same choices as `steps.sft`, `steps.pairs`, `steps.baseline` and `steps.evaluate` make, said again without the
+    libraries those need; a test holds the two against each other.
+
+    Args:
+        params: the step's, as they were logged: `sft.rows`, `dpo.min_margin` and so on.
+    """
+    settings = _Settings(params)
+    lines = pd.Series(UNUSED, index=range(len(frame)))
+    if step == "sft" and table == "demonstrations":
+        lines[: settings.whole("sft.rows", len(frame))] = TRAINED
+    elif table == "preferences" and (section := settings.section(PAIRED)):
+        lines[_training(frame, section, settings)] = TRAINED
+        lines[_first_held_out(frame, settings.whole(f"{section}.held_out"), even=True)] = MEASURED
+    elif table == "preferences" and (section := settings.section(ON_POLICY)):
+        lines[(frame["part"] == "train").to_numpy()] = ASKED
+        lines[_first_held_out(frame, settings.whole(f"{section}.held_out"), even=False)] = MEASURED
+    elif table == "demonstrations" and settings.section(ON_POLICY):
+        if settings.number("ppo.ptx_coefficient", 1.0) > 0:
+            lines[:] = TRAINED
+    elif step in ("baseline", "evaluate") and table == "prompts":
+        asked = settings.whole("evaluate.prompts", settings.whole("sampling.prompts"))
+        lines[:asked] = MEASURED
+    elif step == "evaluate" and table == "gold":
+        lines[:] = FITTED
+    elif step == "evaluate" and table == "preferences":
+        lines[(frame["part"] == "held_out").to_numpy()] = MEASURED
+    else:
+        lines[:] = UNCLEAR
+    return lines.tolist()
+
+
+@dataclass(frozen=True)
+class _Settings:
+    params: Mapping[str, str]
+
+    def section(self, names: Iterable[str]) -> str | None:
+        return next((name for name in names if any(param.startswith(f"{name}.") for param in self.params)), None)
+
+    def number(self, name: str, otherwise: float) -> float:
+        said = self.params.get(name, "None")
+        return otherwise if said == "None" else float(said)
+
+    def whole(self, name: str, otherwise: int | None = None) -> int | None:
+        said = self.params.get(name, "None")
+        return otherwise if said == "None" else int(said)
+
+
+def _training(frame: pd.DataFrame, section: str, settings: _Settings) -> Any:
+    """(n,) whether `pairs.training_and_held_out` trains on a line."""
+    length = frame[["chosen", "rejected"]].map(len).max(axis=1)
+    fit = (frame["part"] == "train") & ~(frame["margin"] < settings.number(f"{section}.min_margin", 0.0))
+    if (limit := settings.whole(f"{section}.max_chars")) is not None:
+        fit &= length <= limit
+    count = settings.whole(f"{section}.pairs")
+    return (fit & (fit.cumsum() <= (len(frame) if count is None else count))).to_numpy()
+
+
+def _first_held_out(frame: pd.DataFrame, count: int | None, *, even: bool) -> Any:
+    """(n,) whether a line is one of the first held-out pairs; cut to full batches of 32 where a trainer wants that."""
+    held = frame["part"] == "held_out"
+    count = min(count if count is not None else len(frame), int(held.sum()))
+    if even and count:
+        count = count // min(count, 32) * min(count, 32)
+    return (held & (held.cumsum() <= count)).to_numpy()
+
+
+def _unreadable_tables(runs: Sequence[Record], tables: _Tables) -> list[str]:
+    """Steps that read a table no revision names any more: nobody can look into it."""
+    known = {md5 for _, _, md5 in tables.of}
+    lost = {
+        (given["name"], given["md5"], record.tags["prefloop.step"], record.tags.get("prefloop.key", ""))
+        for record in runs
+        for given in record.datasets
+        if given["md5"] not in known
+    }
+    return [
+        f"{step} {key} read {name} (md5 {md5}), which no dvc.lock in git names, so whether it saw the rows is not known"
+        for name, md5, step, key in sorted(lost)
+    ]
+
+
+# -- models ------------------------------------------------------------------------------------------------------
+
+
+def _models(steps: Sequence[StepSaw], evidence: Evidence, unknown: list[str]) -> list[ModelSaw]:
+    """Model versions behind which one of the steps stands, also by way of an earlier model they began at."""
+    saw: dict[tuple[str, str], list[StepSaw]] = {}
+    for step in steps:
+        saw.setdefault((step.step, step.key), []).append(step)
+    known = registry.every_version(evidence.client)
+    made_of = {version.uri: _made_of(version, evidence, unknown) for version in known}
+    learnt: dict[str, tuple[str, list[str]]] = {}  # policy digest → how, why
+    found: dict[str, ModelSaw] = {}
+    for version in sorted(known, key=_number):  # an earlier model first: a later one may begin at it
+        reasons, grade = [], "no"
+        weights, starts = made_of[version.uri]
+        for name in sorted(tag.removeprefix("step.") for tag in version.tags if tag.startswith("step.")):
+            for step in saw.get((name, version.tags[f"step.{name}"]), []):
+                said = _uses(step)
+                reasons.append(f"{name} {step.key[:12]}, {step.table}: {said}")
+                if name in weights:
+                    grade = max(grade, _grade(step), key=GRADES.index)
+        for start in starts:
+            if start in learnt:
+                grade = max(grade, learnt[start][0], key=GRADES.index)
+                reasons.append(f"began at an earlier model that saw them ({learnt[start][1][0]})")
+        if reasons:
+            found[version.uri] = ModelSaw(
+                version.uri, registry.aliases_of(evidence.client, version), version.run_id, grade, reasons
+            )
+            if grade != "no":
+                learnt[version.tags.get("policy_digest", "")] = (grade, [version.uri])
+    return list(found.values())
+
+
+def _number(version: Version) -> tuple[str, int]:
+    return version.name, int(version.version)
+
+
+def _grade(step: StepSaw) -> str:
+    if TRAINED in step.uses:
+        return "yes"
+    return "maybe" if set(step.uses) & set(LEARNS) else "no"
+
+
+def _made_of(version: Version, evidence: Evidence, unknown: list[str]) -> tuple[set[str], set[str]]:
+    """(steps whose work is in a version's weights, digests of models it began at), by the manifests.
+
+    Where a manifest is gone, every training step counts: to train once too often is the lesser harm.
+    """
+    run = tracking.read_run(evidence.client, version.run_id)
+    digests: dict[str, str] = {}
+    inputs: dict[str, Mapping[str, str]] = {}
+    for name in [tag.removeprefix("step.") for tag in version.tags if tag.startswith("step.")]:
+        said = (run.tags.get(f"step.{name}", "") if run else "").rpartition(" ")[2]
+        manifests, _ = evidence.manifests(name, version.tags[f"step.{name}"], said)
+        if manifests:
+            digests[manifests[0][1]["digest"]] = name
+            inputs[name] = manifests[0][1]["inputs"]
+    weights, pending = {"policy"}, ["policy"]
+    starts: set[str] = set()
+    while pending:
+        name = pending.pop()
+        if name not in inputs:
+            if f"step.{name}" in version.tags:
+                unknown.append(f"{version.uri}: the manifest of {name} is gone, so every training step counts")
+            return {"sft", "reward", "policy"}, starts
+        for digest in inputs[name].values():
+            further = digests.get(digest)
+            if further is None:
+                starts.add(digest)
+            elif further not in weights:
+                weights.add(further)
+                pending.append(further)
+    return weights, starts
+
+
+# -- in words ----------------------------------------------------------------------------------------------------
+
+
+def print_rows(out: Console, found: RowLineage) -> None:
+    """Where the rows stand, who read them, and which models may hold something of them."""
+    out.print(f"[bold]{len(found.rows):,} {'row' if len(found.rows) == 1 else 'rows'}[/]", highlight=False)
+    for row, places in list(found.rows.items())[:5]:
+        said = "; ".join(f"{p['dataset']}, {p['file']} line {p['line']}" for p in places[:3])
+        out.print(f"  {_plain(row)}  {_plain(said)}", highlight=False)
+    if len(found.rows) > 5:
+        out.print(f"  … and {len(found.rows) - 5:,} more", highlight=False)
+    out.print()
+    listed = _table("dataset", "table", "rows", "md5", "found by", "in the versions of")
+    for seen in found.sightings:
+        at = [revision[:12] for revision in seen.revisions]
+        more = f" and {len(at) - 2} more" if len(at) > 2 else ""
+        listed.add_row(
+            seen.dataset, seen.table, f"{len(seen.rows):,}", seen.md5[:12], seen.by, ", ".join(at[:2]) + more
+        )
+    out.print(listed if found.sightings else "no table holds them: they were only ever read")
+    out.print()
+    steps = _table("step", "key", "read", "what became of the rows", "MLflow run")
+    for step in found.steps:
+        uses = _uses(step)
+        steps.add_row(step.step, step.key[:12], _plain(step.table), uses, step.run_id[:12])
+    out.print(steps if found.steps else "no step that MLflow knows read such a table")
+    out.print()
+    models = _table("model", "alias", "learnt from them", "because")
+    for model in found.models:
+        style = {"yes": "bold red", "maybe": "yellow", "no": "green"}[model.learnt]
+        models.add_row(
+            _plain(model.model),
+            ", ".join(model.aliases),
+            f"[{style}]{model.learnt}[/]",
+            "\n".join(map(_plain, model.because)),
+        )
+    out.print(models if found.models else "no model version stands on such a step")
+    if found.unknown:
+        out.print("\n[yellow]not known[/]", highlight=False)
+        for sentence in dict.fromkeys(found.unknown):
+            out.print(f"  {_plain(sentence)}", highlight=False)
+
+
+def _uses(step: StepSaw) -> str:
+    """What became of the rows; how many of them, where it is not one."""
+    many = sum(step.uses.values()) > 1
+    return ", ".join(f"{count:,} {use}" if many else use for use, count in sorted(step.uses.items()))
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in titles:
+        table.add_column(title, overflow="fold", justify="right" if title == "rows" else "left")
+    return table
+
+
+def _plain(text: str) -> str:
+    return escape(printable(text))
