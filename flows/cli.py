@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import os
 import shlex
@@ -13,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from flows import models
+from flows import housekeeping, lineage, models, reproduce, serve
 from flows.blind import app as blind
 from flows.data import app as data
 
@@ -38,6 +39,7 @@ def main() -> None:
     from steps.errors import Interrupted, PrefloopError
 
     atexit.register(gc.freeze)  # else the interpreter searches a hundred libraries for garbage before it ends
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a request to stop, whoever makes it
     try:
         app()
     except Interrupted as error:
@@ -48,6 +50,36 @@ def main() -> None:
         again = shlex.join(["prefloop", *sys.argv[1:]])
         typer.echo(f"\nstopped; nothing is lost\n  next  `{again}` goes on at the newest checkpoint", err=True)
         sys.exit(130)
+    except Exception as error:
+        if (problem := _of_machine(error)) is None:
+            raise
+        sys.exit(_complain(problem, 1))
+
+
+def _of_machine(error: BaseException) -> Exception | None:
+    """What is wrong with the machine, where an error or one of its causes tells: a full disk, a server that is gone."""
+    from steps.errors import EnvironmentProblem
+
+    again = f"`{shlex.join(['prefloop', *sys.argv[1:]])}` again: what is finished is reused, what was begun goes on"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            where, then = str(cause.filename or Path.cwd()), f"free some space, then {again}"
+            return EnvironmentProblem("the disk is full", where=where, have=str(cause), then=then)
+        if type(cause).__module__.startswith(("httpx", "httpcore")) and _passed(cause, "prefect.client"):
+            where = os.environ.get("PREFECT_API_URL", "the server this run had started")
+            have = f"{type(cause).__name__}: {cause}"
+            return EnvironmentProblem("the Prefect server is gone", where=where, have=have, then=again)
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _passed(error: BaseException, module: str) -> bool:
+    """Whether an error came by way of a module."""
+    frame = error.__traceback__
+    while frame is not None and not frame.tb_frame.f_globals.get("__name__", "").startswith(module):
+        frame = frame.tb_next
+    return frame is not None
 
 
 def _complain(error: Exception, status: int) -> int:
@@ -107,7 +139,7 @@ def compare(
 
 @app.command()
 def step(
-    name: Annotated[str, typer.Argument(help="base, sft, reward, policy, evaluate or gate.")],
+    name: Annotated[str, typer.Argument(help="base, sft, baseline, reward, policy, evaluate or gate.")],
     recipe: RecipePath,
     assignments: Assignments = None,
     force: Annotated[bool, typer.Option("--force", help="Run it again although its artifact is there.")] = False,
@@ -192,6 +224,10 @@ def doctor() -> None:
 
 
 models.mount(app)
+lineage.mount(app)
+reproduce.mount(app)
+serve.mount(app)
+housekeeping.mount(app)
 
 
 def _as_given(recipe: Path, assignments: list[str] | None) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from steps.batches import Addition
 
 app = typer.Typer(
     help="Add, list, compare and fetch versions of the data.", no_args_is_help=True, rich_markup_mode=None
@@ -32,6 +35,7 @@ def add(
     with out.status(f"{name}      ingest → validate → split"):
         added = batches.add(name, files, root, format=format)
     print_addition(out, added)
+    _announce(added, root)
 
 
 @app.command("list")
@@ -118,6 +122,24 @@ def restore(
     with out.status(f"{name}      ingest → validate → split"):
         added = batches.restore(name, file, root)
     print_addition(out, added)
+    _announce(added, root)
+
+
+@app.command()
+def forget(
+    name: Name,
+    rows: Annotated[list[str], typer.Argument(help="Ids of rows, from the column row_id.", metavar="ROW_ID...")],
+    because: Annotated[str, typer.Option("--because", help="Why; kept beside the ids.", metavar="REASON")],
+) -> None:
+    """Make a version without some rows, and say which models and runs learned from them."""
+    from steps import forget
+    from steps.data_report import console, print_forgotten
+    from steps.paths import project_root
+
+    root, out = project_root(), console()
+    with out.status(f"{name}      ingest → validate → split"):
+        done = forget.forget(name, rows, root, because)
+    print_forgotten(out, done, forget.remains(name, done.places, root))
 
 
 @app.command()
@@ -134,6 +156,15 @@ def fetch(
     known = versions.outputs(name, root, revision)
     for file, path in versions.fetch(name, root, revision, to).items():
         typer.echo(f"{known[file]}  {path}")
+
+
+def _announce(added: Addition, root: Path) -> None:
+    """Let deployments know that a version landed, where a Prefect server runs."""
+    from flows.announce import landed
+
+    payload = {"batches": [record["file"] for record in added.records], "rows": added.after.counts.get("valid", 0)}
+    if added.records and (server := landed(added.name, root, payload)):
+        typer.echo(f"told {server}; what waits for '{added.name}' starts once no more data come")
 
 
 def _parted(version: str, root: Path) -> tuple[str, str]:

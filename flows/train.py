@@ -44,6 +44,7 @@ def prepare_data(experiment: Experiment) -> None:
 
 base = model_step("base", "the model everything stands on, as safetensors")
 sft = model_step("sft", "imitate demonstrations")
+baseline = model_step("baseline", "what every policy is compared with: the start's answers to held-out prompts")
 reward = model_step("reward", "learn what people prefer")
 policy = model_step("policy", "make it likelier")
 evaluate = model_step("evaluate", "win rate on held-out prompts, by a judge that trained nothing")
@@ -62,6 +63,14 @@ def register(experiment: Experiment) -> str:
     return model
 
 
+def run_steps(experiment: Experiment) -> str:
+    """The pipeline; returns the model version's address."""
+    experiment.send_what_waits()
+    for step in (prepare_data, base, sft, baseline, reward, policy, evaluate, gate):
+        step(experiment)
+    return register(experiment)
+
+
 @flow(name="train", flow_run_name="{recipe.name}", persist_result=False)
 def train(recipe: Recipe, command: str = "", root: str | None = None) -> str:
     """Tune a language model on human preferences and say whether it helped; returns the model version's address.
@@ -72,8 +81,4 @@ def train(recipe: Recipe, command: str = "", root: str | None = None) -> str:
         root: the project; found from the working directory when not given.
     """
     tags = {"prefect.flow_run_id": str(runtime.flow_run.id), "prefloop.command": command}
-    experiment = Experiment(recipe, Path(root) if root else project_root(), Console(highlight=False), tags)
-    experiment.send_what_waits()
-    for step in (prepare_data, base, sft, reward, policy, evaluate, gate):
-        step(experiment)
-    return register(experiment)
+    return run_steps(Experiment(recipe, Path(root) if root else project_root(), Console(highlight=False), tags))

@@ -22,7 +22,9 @@ from steps.datasets import Dataset
 from steps.errors import DataError, EnvironmentProblem, Interrupted, PrefloopError, did_you_mean
 
 RECORDS = "batches.jsonl"
+FORGOTTEN = "forgotten.jsonl"  # which rows were to be forgotten, when, by whose word and why: ids, never texts
 EXAMPLES = 10  # rows that a message names
+PATIENCE = 600.0  # seconds a training waits for whoever else prepares the data
 FORMATS = tuple(name for name in datasets.Format.__args__ if name != "rated_sentences")  # type: ignore[attr-defined]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _TABULAR = re.compile(r"\.[ct]sv(\.(gz|zst|bz2))?$", re.IGNORECASE)
@@ -45,6 +47,7 @@ class Addition:
         records: provenance of the batches that were not there before.
         already: files that were there, with the same bytes.
         repeated: rows of the batches that were in the dataset already.
+        forgotten: records of the batches that stay out, for they are to be forgotten.
         drift: the new rows held against those before.
         paths: what git should be told about.
     """
@@ -57,6 +60,7 @@ class Addition:
     repeated: int
     drift: list[drift.Finding]
     paths: list[str]
+    forgotten: int = 0
 
 
 def add(name: str, files: Sequence[Path], root: Path, *, format: str | None = None) -> Addition:
@@ -85,7 +89,7 @@ def refresh(name: str, root: Path) -> tuple[versions.DataVersion, list[drift.Fin
     """
     here = datasets.folder(name, root)
     with _old_rows(here) as old:
-        version = versions.prepare(name, root)
+        version = versions.prepare(name, root, wait=PATIENCE)
         valid = here / "valid.parquet"
         if old is None or digest_file(old) == digest_file(valid):
             return version, []
@@ -121,7 +125,7 @@ def _add(
         _check_there(file)
     _check_entry(name, format, root)
     here = datasets.folder(name, root)
-    with versions.one_writer(root), _taken_back_on_failure(name, root) as copied, _old_rows(here) as old:
+    with versions.one_writer(root), taken_back_on_failure(name, root) as copied, _old_rows(here) as old:
         before = state(name, root)
         targets = [_copied(file, here, batch, copied) for file, batch in files.items()]
         _register(name, targets, root, format)
@@ -145,6 +149,7 @@ def _add(
             repeated=_repeated(here, new),
             drift=_drift(old, here, new),
             paths=[str(path.relative_to(root)) for path in _tracked(here, root, targets) if path.exists()],
+            forgotten=_forgotten(name, root, new),
         )
 
 
@@ -215,10 +220,14 @@ def takes_files(entry: Dataset) -> bool:
 
 
 @contextmanager
-def _taken_back_on_failure(name: str, root: Path) -> Iterator[list[Path]]:
-    """Undo all that happens inside when it fails or is interrupted; yields a list for the files that are copied."""
+def taken_back_on_failure(name: str, root: Path, nothing: str = "was added to") -> Iterator[list[Path]]:
+    """Undo all that happens inside when it fails or is interrupted; yields a list for the files that are copied.
+
+    Args:
+        nothing: what has not happened then, for the message.
+    """
     here = datasets.folder(name, root)
-    ours = _kept([root / datasets.REGISTRY, here / RECORDS])
+    ours = _kept([root / datasets.REGISTRY, here / RECORDS, here / FORGOTTEN])
     made = _kept([root / "dvc.lock", *(here / file for file in versions.METRICS)])
     existed = here.is_dir()
     there = set(here.iterdir()) if existed else set()
@@ -241,10 +250,10 @@ def _taken_back_on_failure(name: str, root: Path) -> Iterator[list[Path]]:
                 if path.is_file():
                     path.unlink()
         if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(f"stopped; nothing was added to '{name}'", then="run the same command again") from error
+            raise Interrupted(f"stopped; nothing {nothing} '{name}'", then="run the same command again") from error
         if isinstance(error, PrefloopError):
             raise type(error)(
-                f"nothing was added to '{name}': {error.what}", where=error.where, have=error.have, then=error.then
+                f"nothing {nothing} '{name}': {error.what}", where=error.where, have=error.have, then=error.then
             ) from error
         raise
 
@@ -345,10 +354,10 @@ def _record(file: Path, here: Path, batch: str, root: Path) -> dict[str, Any]:
     }
 
 
-def records(name: str, root: Path, revision: str = "") -> list[dict[str, Any]]:
+def records(name: str, root: Path, revision: str = "", file: str = RECORDS) -> list[dict[str, Any]]:
     """Provenance of a dataset's batches, at a revision or in the work tree."""
     try:
-        return _lines(versions.text(Path("data") / name / RECORDS, root, revision))
+        return _lines(versions.text(Path("data") / name / file, root, revision), file)
     except FileNotFoundError:
         return []
 
@@ -358,7 +367,7 @@ def _records(here: Path) -> list[dict[str, Any]]:
     return _lines(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-def _lines(text: str) -> list[dict[str, Any]]:
+def _lines(text: str, file: str = RECORDS) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
@@ -366,15 +375,21 @@ def _lines(text: str) -> list[dict[str, Any]]:
         except (ValueError, TypeError) as error:
             raise DataError(
                 "a line of the batches' record cannot be read",
-                where=f"{RECORDS} line {number}",
+                where=f"{file} line {number}",
                 have=str(error),
                 then="mend it, or take git's version of the file",
             ) from error
     return found
 
 
+def tracked(name: str, root: Path) -> list[str]:
+    """The files beside a dataset's batches that git should be told about."""
+    paths = _tracked(datasets.folder(name, root), root, [])
+    return [str(path.relative_to(root)) for path in paths if path.exists()]
+
+
 def _tracked(here: Path, root: Path, targets: Sequence[Path]) -> list[Path]:
-    kept = [root / datasets.REGISTRY, root / "dvc.lock", here / ".gitignore", here / RECORDS]
+    kept = [root / datasets.REGISTRY, root / "dvc.lock", here / ".gitignore", here / RECORDS, here / FORGOTTEN]
     return [*targets, *kept, *(here / file for file in versions.METRICS)]
 
 
@@ -438,6 +453,17 @@ def _repeated(here: Path, batches: Sequence[str]) -> int:
     return sum(map(_is_there_already, _unfit(here, batches))) if batches else 0
 
 
+def _forgotten(name: str, root: Path, batches: Sequence[str]) -> int:
+    """How many records of some batches stay out for good."""
+    entry = datasets.dataset(name, root)
+    if not (entry.forgotten and batches):
+        return 0
+    from steps.ingest import forgotten_records
+
+    source = datasets.Source(files={str(number): batch for number, batch in enumerate(batches)})  # type: ignore
+    return forgotten_records(entry.model_copy(update={"source": source}), datasets.folder(name, root) / "source")
+
+
 def _refuse_unfit(here: Path, batch: str, file: Path) -> None:
     """Refuse a batch of repaired records whose rows do not all pass.
 
@@ -454,7 +480,7 @@ def _refuse_unfit(here: Path, batch: str, file: Path) -> None:
         raise DataError(
             f"{len(unfit)} repaired rows still fail" if unfit else "no repaired row is new",
             where=str(file),
-            have="\n        ".join(_named(unfit, file.name)) or "every row repeats one that is there",
+            have="\n        ".join(_named(unfit, file.name)) or "every row repeats one that is there, or is forgotten",
             then="mend them, then run again",
         )
 

@@ -18,7 +18,9 @@ from steps.comparison_page import comparison_page, draw_frontier
 from steps.config import Recipe
 from steps.errors import Interrupted, PrefloopError
 from steps.experiment import Experiment, flat, new_folder
+from steps.launch import launcher
 from steps.paths import Var
+from steps.versions import DataVersion
 
 STEPS = Recipe.STEPS[: Recipe.STEPS.index("gate")]
 
@@ -30,6 +32,7 @@ class ComparisonRun:
         tags: what the orchestrator wants written down.
 
     Attributes:
+        data: the version all variants learn from, once the first has prepared it.
         rows: what each run came to, as `steps.comparison.rows_of` has it.
         said: the result in sentences, once it is finished.
     """
@@ -41,6 +44,8 @@ class ComparisonRun:
         self.var = Var(root)
         self.folder = new_folder(self.var, f"{recipe.name}-compared")
         self.forwarder = tracking.forwarder(self.var)
+        self.data: DataVersion | None = None
+        self.launch = launcher(recipe.launch)  # one for all: what its worker has imported serves every variant
         self.rows: list[dict[str, Any]] = []
         self.errors: list[tuple[str, str]] = []
         self.verdicts: dict[tuple[str, str, int], Any] = {}
@@ -60,8 +65,9 @@ class ComparisonRun:
         self.console.rule(f"[dim]{place}[/] {escape(variant.name)}", align="left", style="dim")
         tags = {**self.tags, "prefloop.variant": variant.name}
         experiment = Experiment(variant.recipe, self.root, self.console, tags, self.folder, meets_champion=False)
+        experiment.launch = self.launch
         try:
-            experiment.prepare_data()
+            self.data = experiment.prepare_data(self.data)  # the same version under every variant
             for step in STEPS:
                 experiment.run(step)
         except Interrupted:

@@ -195,11 +195,25 @@ class Policy(Section):
     """How the policy is tuned. A recipe may hold settings of several methods; `method` says whose are used."""
 
     method: Literal["dpo", "ppo", "rloo", "grpo", "best_of_n"] = "dpo"
+    start: Literal["sft", "champion"] = Field(
+        "sft",
+        description="Where training begins: at the SFT model, or at the champion if there is one. The reference, "
+        "which the KL penalty and implicit rewards are measured against, is the SFT model either way.",
+    )
     dpo: DPO = DPO()  # type: ignore[call-arg]
     ppo: PPO = PPO()  # type: ignore[call-arg]
     rloo: RLOO = RLOO()  # type: ignore[call-arg]
     grpo: GRPO = GRPO()  # type: ignore[call-arg]
     best_of_n: BestOfN = BestOfN()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _start_is_trained_from(self) -> Policy:
+        if self.method == "best_of_n" and self.start == "champion":
+            raise ValueError("best_of_n trains nothing that could start at the champion; set policy.start=sft")
+        return self
+
+
+NOT_KEYED: dict[str, Any] = {"keyed": False}  # of a field that decides nothing a step leaves: not part of its key
 
 
 class LlmJudge(Section):
@@ -211,10 +225,15 @@ class LlmJudge(Section):
         None,
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
         description="The NAME of the environment variable that holds the key, never the key itself; null for none.",
+        json_schema_extra=NOT_KEYED,
     )
-    max_concurrent: int = Field(4, ge=1, le=256, description="Requests under way at a time.")
-    timeout: float = Field(60.0, gt=0, description="Seconds a request may take.")
-    attempts: int = Field(4, ge=1, description="How often a request is made before it counts as failed.")
+    max_concurrent: int = Field(
+        4, ge=1, le=256, description="Requests under way at a time.", json_schema_extra=NOT_KEYED
+    )
+    timeout: float = Field(60.0, gt=0, description="Seconds a request may take.", json_schema_extra=NOT_KEYED)
+    attempts: int = Field(
+        4, ge=1, description="How often a request is made before it counts as failed.", json_schema_extra=NOT_KEYED
+    )
     max_tokens: int = Field(512, ge=16, description="Longest answer of the judge.")
     instructions: str = Field(
         "Which answer would a careful person rather have been given? Weigh, in this order: does it do what the prompt "
@@ -225,7 +244,12 @@ class LlmJudge(Section):
     )
     price_per_million_input: float = Field(0.0, ge=0, description="In any currency, of a million tokens sent.")
     price_per_million_output: float = Field(0.0, ge=0, description="The same of tokens answered.")
-    budget: float | None = Field(None, gt=0, description="What one evaluation's verdicts may cost; no limit if null.")
+    budget: float | None = Field(
+        None,
+        gt=0,
+        description="What one evaluation's verdicts may cost; no limit if null.",
+        json_schema_extra=NOT_KEYED,
+    )
 
     @field_validator("base_url")
     @classmethod
@@ -248,13 +272,19 @@ class LlmJudge(Section):
         return self
 
 
-class Evaluate(Section):
-    """Win rate of the policy against the SFT start, on prompts no step trained on."""
+class Sampling(Section):
+    """How answers are drawn that are to be judged."""
 
     prompts: int = Field(200, ge=2, description="Held-out prompts, one answer each from every model.")
     max_new_tokens: int = Field(48, ge=1)
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     batch_size: int = Field(200, ge=1, description="Prompts answered at once.")
+    temperatures: tuple[float, ...] = Field((), description="Further temperatures to tell the win rate at.")
+
+
+class Evaluate(Sampling):
+    """Win rate of the policy against the SFT start, on prompts no step trained on."""
+
     judge: Literal["gold", "reward", "llm"] = "gold"
     llm: LlmJudge | None = Field(None, description="The judge `llm`.")
     reward_model: str | None = Field(
@@ -265,7 +295,6 @@ class Evaluate(Section):
     confidence: float = Field(0.95, gt=0.5, lt=1)
     judge_pairs: int | None = Field(None, ge=1, description="Held-out human pairs the judge is tried on; all if null.")
     kl_prompts: int = Field(64, ge=0, description="Answers that tell how far the policy moved; 0 leaves it out.")
-    temperatures: tuple[float, ...] = Field((), description="Further temperatures to tell the win rate at.")
     stop_early: bool = Field(
         False, description="Judge batch by batch and end once the policy is known to be better or worse than its start."
     )
@@ -276,6 +305,11 @@ class Evaluate(Section):
         if self.judge == "llm" and self.llm is None:
             raise ValueError("judge=llm needs the section llm, with base_url and model at least")
         return self
+
+    @property
+    def sampling(self) -> Sampling:
+        """The part that says how answers are drawn, whoever judges them."""
+        return Sampling.model_validate({name: getattr(self, name) for name in Sampling.model_fields})
 
 
 class Guard(Section):
@@ -352,7 +386,16 @@ class Launch(Section):
 
     launcher: Literal["process", "here"] = "process"
     threads: int | None = Field(None, ge=1, description="Threads of a training process; all cores when not given.")
+    timeout: float | None = Field(
+        None, gt=0, description="Seconds a step may take; then its process is ended. No limit when null."
+    )
     min_free_gib: float = Field(2.0, ge=0, description="Refuse to start with less disk space than this, in GiB.")
+
+    @model_validator(mode="after")
+    def _can_be_ended(self) -> Launch:
+        if self.timeout is not None and self.launcher == "here":
+            raise ValueError("a step that runs here cannot be ended; timeout needs launcher=process")
+        return self
 
 
 class Recipe(Section):
@@ -370,13 +413,14 @@ class Recipe(Section):
     alarms: Alarms = Alarms()
     launch: Launch = Launch()  # type: ignore[call-arg]
 
-    STEPS: ClassVar[tuple[str, ...]] = ("base", "sft", "reward", "policy", "evaluate", "gate")
+    STEPS: ClassVar[tuple[str, ...]] = ("base", "sft", "baseline", "reward", "policy", "evaluate", "gate")
 
     def used(self) -> dict[str, Any]:
         """The recipe as plain values, without the settings of methods that are not used."""
         values = self.model_dump(mode="json")
         method = values["policy"]["method"]
-        values["policy"] = {"method": method, method: values["policy"][method]}
+        policy = values["policy"]
+        values["policy"] = {"method": method, "start": policy["start"], method: policy[method]}
         return values
 
     @field_validator("policy")
@@ -474,9 +518,14 @@ def _section_at(path: tuple[int | str, ...]) -> type[BaseModel] | None:
     section: Any = Recipe
     for name in path:
         field = getattr(section, "model_fields", {}).get(name)
-        kinds = (field.annotation, *get_args(field.annotation)) if field else ()  # `Lora | None` is looked into
-        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        section = _section_in(field.annotation) if field else None
     return section
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section a field holds; `Lora | None` is looked into."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _explain(problem: dict[str, Any]) -> str:
@@ -541,6 +590,7 @@ SECTIONS: dict[str, type[Section]] = {
     "rloo": RLOO,
     "grpo": GRPO,
     "best_of_n": BestOfN,
+    "sampling": Sampling,
     "evaluate": Evaluate,
     "gate": Gate,
     "alarms": Alarms,
@@ -551,3 +601,20 @@ SECTIONS: dict[str, type[Section]] = {
 def section(name: str, value: Any) -> Any:
     """A step's argument from its plain JSON value: a section where the name is one, else the value itself."""
     return SECTIONS[name].model_validate(value) if name in SECTIONS and value is not None else value
+
+
+def keyed(name: str, value: Any) -> Any:
+    """A step's argument as far as it decides what the step leaves: without the fields marked `NOT_KEYED`."""
+    return _keyed(SECTIONS.get(name), value)
+
+
+def _keyed(kind: type[BaseModel] | None, value: Any) -> Any:
+    if kind is None or not isinstance(value, Mapping):
+        return value
+    kept = {}
+    for name, inner in value.items():
+        field = kind.model_fields.get(name)
+        marks = field.json_schema_extra if field else None
+        if not isinstance(marks, dict) or marks.get("keyed", True):
+            kept[name] = _keyed(_section_in(field.annotation) if field else None, inner)
+    return kept

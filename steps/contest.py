@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -21,10 +21,16 @@ APART = 10_007  # between the seeds of the candidates of one answer
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model, and of how many answers the one with the highest reward is given."""
+    """A model that answers the contest's prompts.
+
+    Attributes:
+        best_of: of how many answers the one with the highest reward is given.
+        said: what it is known to answer to the prompts in their order, by temperature; not drawn again.
+    """
 
     model: PreTrainedModel
     best_of: int = 1
+    said: Mapping[float, Answers] = field(default_factory=dict)
 
 
 class Contest:
@@ -95,6 +101,8 @@ class Contest:
     def ask(self, name: str, prompts: Sequence[str], place: int = 0, temperature: float | None = None) -> Answers:
         """A model's answers."""
         contestant, label = self.models[name], name if temperature is None else f"{name} at {temperature:g}"
+        if known := contestant.said.get(temperature or self.evaluate.temperature):
+            return known.part(place, len(prompts))
 
         def drawn(seed: int) -> Answers:
             return sample(

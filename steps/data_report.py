@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +16,9 @@ from steps.changes import Changes
 from steps.drift import Finding
 from steps.errors import DataError
 from steps.report import printable
+
+if TYPE_CHECKING:
+    from steps.forget import Forgotten, Remains
 
 WIDTH = 100  # of a log; a terminal has its own
 EXAMPLES = 10
@@ -117,6 +120,8 @@ def _source(name: str, root: Path, revision: str) -> list[tuple[str, str]]:
         return []
     found = [("format", str(entry.get("format", "")))]
     found += [("source", str(source[key])) for key in ("pypi", "hub") if source.get(key)]
+    if gone := entry.get("forgotten"):
+        found.append(("forgotten", f"{len(gone):,} rows, never to be in it"))
     files = source.get("files") or {}
     found += [(f"source {role}", str(file)) for role, file in list(files.items())[:20]]
     return found + ([("", f"… and {len(files) - 20} more")] if len(files) > 20 else [])
@@ -233,6 +238,10 @@ def print_addition(out: Console, added: Addition) -> None:
         out.print(f"{_plain(record['file'])}: {record['rows']:,} rows, {record['bytes']:,} bytes")
     if added.repeated:
         out.print(f"{added.repeated:,} of them were there already, and went to quarantine as repeats")
+    if added.forgotten:
+        out.print(
+            f"records that stay out, for they are to be forgotten: {added.forgotten:,}; the files still hold them"
+        )
     out.print()
     _print_counts(out, added.before, added.after)
     _print_lock(out, added.before.tables, added.after.tables)
@@ -302,6 +311,75 @@ def print_drift(out: Console, findings: Sequence[Finding], new: str, old: str) -
         ]
         table.add_row(*map(_plain, cells))
     out.print(table)
+
+
+# -- forget ------------------------------------------------------------------------------------------------------
+
+
+def print_forgotten(out: Console, done: Forgotten, left: Remains) -> None:
+    """What forgetting changed, who learned from the rows, and where their text still is."""
+    for row in done.already:
+        out.print(f"{_plain(row)} was forgotten before")
+    if not done.asked:
+        out.print("nothing has changed")
+        return
+    others = len(done.rows) - len(done.asked)
+    made = f", and {others:,} more made of the same records" if others else ""
+    out.print(f"forgotten: {', '.join(done.asked[:EXAMPLES])}{made}", soft_wrap=True)
+    for file, line in done.places[:EXAMPLES]:
+        out.print(f"  {_plain(file)} line {line}", style="dim")
+    out.print()
+    _print_counts(out, done.before, done.after)
+    _print_lock(out, done.before.tables, done.after.tables)
+    if done.alike:
+        more = f" … and {len(done.alike) - EXAMPLES:,} more" if len(done.alike) > EXAMPLES else ""
+        out.print(f"\n[cyan]warn[/]  rows that stay and hold one of their answers: {len(done.alike):,}, with the ids")
+        out.print(f"      {' '.join(done.alike[:EXAMPLES])}{more}", soft_wrap=True)
+    _print_learners(out, done)
+    _print_remains(out, left)
+    out.print("\n[dim]keep it[/]  git add " + escape(" ".join(map(_shell, done.paths))), soft_wrap=True)
+    out.print(
+        f"         git commit -m {_shell(f'{done.name}: rows to be forgotten, {len(done.rows):,}')}", soft_wrap=True
+    )
+    out.print("         dvc push")
+
+
+def _print_learners(out: Console, done: Forgotten) -> None:
+    out.print()
+    if done.learners:
+        out.print("these were given them; what may have learned from them should be trained again:")
+        table = _table("model", "", "learnt", "run", "because")
+        for one in done.learners:
+            style = {"yes": "red", "maybe": "yellow"}.get(one.learnt, "")
+            learnt = f"[{style}]{one.learnt}[/]" if style else one.learnt
+            cells = [_plain(one.model or "not registered"), ", ".join(one.aliases), learnt, _plain(one.run)]
+            table.add_row(*cells, "\n".join(map(_plain, one.because)))
+        out.print(table)
+        for command in dict.fromkeys(one.command for one in done.learners if one.learnt != "no"):
+            out.print(f"  {escape(command)}", soft_wrap=True)
+    else:
+        out.print("no model and no run that is known of was given them")
+    for sentence in done.unknown:
+        out.print(f"[yellow]not known[/]  {_plain(sentence)}", soft_wrap=True)
+
+
+def _print_remains(out: Console, left: Remains) -> None:
+    from steps.forget import purge_commands
+
+    out.print("\n[yellow]not removed[/]: no table of this version holds the text, but these still do")
+    for file, lines in left.files.items():
+        numbers = ", ".join(map(str, lines[:EXAMPLES])) + (", …" if len(lines) > EXAMPLES else "")
+        kept = ", also in git's history" if file in left.in_git else ""
+        out.print(f"  {_plain(file)}, line {numbers}: a batch is not changed{kept}", soft_wrap=True)
+    if left.fetched:
+        out.print(f"  {_plain(left.fetched)}, which the data is fetched from, and its copy in var/downloads")
+    remotes = "".join(f", the remote '{remote}'" for remote in left.remotes)
+    out.print(f"  earlier versions, in DVC's cache{remotes}", soft_wrap=True)
+    out.print("  var/store, var/runs and MLflow's artifacts, where runs quote what they were given")
+    out.print("to remove them, once the new version is committed and pushed (there is no way back):")
+    for command, removes in purge_commands(left):
+        out.print(f"  {escape(command)}", soft_wrap=True)
+        out.print(f"      {removes}", style="dim", soft_wrap=True)
 
 
 # -- diff --------------------------------------------------------------------------------------------------------

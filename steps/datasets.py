@@ -121,6 +121,7 @@ class Dataset(_Entry):
     columns: dict[str, str] = Field({}, description="A format's field: the source's name for it, dots for nested ones.")
     prompt: str | None = Field(None, description="Template of the prompt, with {field} for fields of the record.")
     rules: Rules = Rules()  # type: ignore[call-arg]
+    forgotten: list[str] = Field([], description="Ids of rows whose records are left out; `prefloop data forget`.")
     split: Split = Split()  # type: ignore[call-arg]
 
     @model_validator(mode="after")

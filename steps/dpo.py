@@ -18,6 +18,7 @@ from steps.models import ADAPTER, checkpoint_files, frozen_depth, load_policy, l
 from steps.pairs import training_and_held_out
 from steps.tracking import Tracker
 from steps.training import LengthGrouped, arguments, held_out_metrics, run_trainer
+from steps.warm_start import begin_at
 
 
 class LengthGroupedDPOTrainer(LengthGrouped, DPOTrainer):
@@ -38,7 +39,16 @@ class LengthGroupedDPOTrainer(LengthGrouped, DPOTrainer):
 
 
 def tune_policy(
-    dpo: DPO, dtype: str, *, base: Path, sft: Path, preferences: Path, seed: int, out: Path, tracker: Tracker
+    dpo: DPO,
+    dtype: str,
+    *,
+    base: Path,
+    sft: Path,
+    preferences: Path,
+    seed: int,
+    out: Path,
+    tracker: Tracker,
+    start: Path | None = None,
 ) -> Facts:
     """Direct preference optimisation (arXiv:2305.18290, eq. 7) of the SFT model, against a frozen copy of it.
 
@@ -48,6 +58,7 @@ def tune_policy(
     Args:
         sft: the SFT step's artifact; policy and reference both start there.
         preferences: table of prompt, chosen, rejected, margin, part.
+        start: another policy to begin the training at; the reference stays the SFT model.
     """
     train, held_out, batch = training_and_held_out(preferences, dpo)
     set_seed(seed)
@@ -65,12 +76,14 @@ def tune_policy(
             eval_dataset=held_out,
             processing_class=load_tokenizer(base),
         )
+    begin_at(model, start, base, dtype)
     trainer.checkpoint_files = checkpoint_files(trainer.model)
     run_trainer(trainer, tracker)
     measured = held_out_metrics(trainer, tracker)
     save_weights(trainer.model, base, out)
     return {
         "method": "dpo",
+        "start": "champion" if start else "sft",
         "pairs": len(train),
         "held_out": len(held_out),
         "steps": trainer.state.global_step,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,7 @@ def with_file(registry: str, name: str, role: str, file: str) -> str:
         raise _by_hand(name, line, "the entry has no source.files")
     expected[name]["source"]["files"] |= {role: file}
     if files.flow_style:
-        place = files.end_mark.index - 1
-        separator = ", " if files.value else ""
-        text = registry[:place].rstrip() + separator + line + registry[place:]
+        text = _grown(registry, files, line)
     else:
         text = _after(registry, _last_line(files), [" " * files.start_mark.column + line])
     return _checked(text, expected, name, line)
@@ -51,6 +50,39 @@ def with_entry(registry: str, name: str, format: str, files: dict[str, str]) -> 
     text = _after(registry, _last_line(datasets), [indent + line for line in block])
     expected = _parsed(registry) | {name: {"format": format, "source": {"files": files}}}
     return _checked(text, expected, name, "\n        ".join(block))
+
+
+def with_forgotten(registry: str, name: str, ids: Sequence[str]) -> str:
+    """The registry's text with more row ids under a dataset's `forgotten`.
+
+    Raises:
+        DataError: they cannot be added without changing other lines.
+    """
+    entry = _inner(_inner(yaml.compose(registry), "datasets"), name)
+    expected = _parsed(registry)
+    expected[name]["forgotten"] = [*(expected[name].get("forgotten") or []), *ids]
+    quoted = [json.dumps(row) for row in ids]  # always: some ids look like numbers, and to some readers only
+    by_hand = f"forgotten: [{', '.join(quoted)}]"
+    listed = _inner(entry, "forgotten")
+    if isinstance(listed, yaml.SequenceNode) and not listed.flow_style:
+        text = _after(registry, _last_line(listed), [" " * listed.start_mark.column + f"- {row}" for row in quoted])
+    elif isinstance(listed, yaml.SequenceNode):
+        text = _grown(registry, listed, ", ".join(quoted))
+    elif listed is None and entry is not None and entry.flow_style:
+        text = _grown(registry, entry, by_hand)
+    elif listed is None and entry is not None and entry.value:
+        indent = " " * entry.start_mark.column
+        block = [f"{indent}forgotten:", *(f"{indent}  - {row}" for row in quoted)]
+        text = _after(registry, _last_line(entry), block)
+    else:
+        raise _by_hand(name, by_hand, "its layout is unusual")
+    return _checked(text, expected, name, by_hand)
+
+
+def _grown(text: str, node: yaml.CollectionNode, more: str) -> str:
+    """A flow mapping or list with one thing more before its closing bracket."""
+    place = node.end_mark.index - 1
+    return text[:place].rstrip() + (", " if node.value else "") + more + text[place:]
 
 
 def _inner(node: yaml.Node | None, key: str) -> Any:

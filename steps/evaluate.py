@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steps.artifact import COMPLETIONS, MANIFEST, Facts, digest_file
+from steps.baseline import held_out_prompts
+from steps.baseline import read as read_baseline
 from steps.best_of_n import answers_drawn, curve
 from steps.classifier import load_classifier
 from steps.config import Evaluate
 from steps.contest import CHAMPION, HUMAN, POLICY, START, Contest, Contestant, Scores
 from steps.divergence import divergence
-from steps.errors import DataError
 from steps.intervals import bootstrap_interval
 from steps.judge_validation import validate
 from steps.judges import GoldJudge, make_judge, usage_facts
@@ -29,7 +31,19 @@ from steps.length_control import length_controlled_win_rate
 from steps.models import ADAPTER, load_policy, load_reward_model, load_tokenizer
 from steps.paths import Var
 from steps.power import detectable_effect
-from steps.statistics import WinRate, best_of_n_kl, distinct, repetition, rouge, win_rate, won
+from steps.statistics import (
+    OTHER,
+    WinRate,
+    best_of_n_kl,
+    distinct,
+    few_groups,
+    holm,
+    repetition,
+    rouge,
+    win_rate,
+    win_rate_by,
+    won,
+)
 from steps.tracking import Tracker
 
 EVALUATION = "evaluation.json"
@@ -62,6 +76,7 @@ def evaluate_policy(
     *,
     base: Path,
     sft: Path,
+    baseline: Path,
     reward: Path,
     policy: Path,
     prompts: Path,
@@ -76,6 +91,7 @@ def evaluate_policy(
     """Sample, judge, and say with what confidence the policy beats its start, its champion and people's own answers.
 
     Args:
+        baseline: the start's answers to the same prompts.
         prompts: table of held-out prompts.
         preferences: its held-out pairs tell how far the judge agrees with people, and hold people's own answers.
         gold: table of answer, score that no training step saw; it may be empty where `evaluate.judge` is not `gold`.
@@ -110,17 +126,19 @@ def evaluate_policy(
         name: Contestant(load_policy(base, dtype, folder / ADAPTER), answers_drawn(folder / ADAPTER))
         for name, folder in folders.items()
     }
+    models[START] = replace(models[START], said=read_baseline(baseline))
     own_words = human.drop_duplicates("prompt").set_index("prompt")["chosen"].to_dict()
     contest = Contest(evaluate, models, tokenizer, own_words, judge, scores, seed, tracker)
 
     report = validate(judge, human.head(evaluate.judge_pairs or len(human)))
-    table = contest.hold(asked)
+    table = contest.hold(list(asked["prompt"]))
     table.to_parquet(out / COMPLETIONS, index=False)
     facts = {
         "judge": evaluate.judge,
         "confidence": evaluate.confidence,
         **report.facts(),
         **comparisons(table, evaluate, seed),
+        **by_groups(table[f"over_{START}"], asked, evaluate.confidence),
         **about_answers(table, evaluate),
         **moved(contest, table, evaluate),
         **at_temperatures(contest, table, evaluate),
@@ -131,26 +149,10 @@ def evaluate_policy(
         facts["win_rate_low"], facts["win_rate_high"] = contest.test.interval
     if GOLD in scores:
         trace(policy, scores, tracker)
-    tracker.metrics({name: value for name, value in facts.items() if isinstance(value, float | int)}, 0)
+    numbers = {name: value for name, value in facts.items() if isinstance(value, float | int)}
+    tracker.metrics({**numbers, **group_metrics(facts.get("win_rate_by", ()))}, 0)
     (out / EVALUATION).write_text(json.dumps(facts, indent=1), encoding="utf-8")  # so that the gate's key sees them
     return facts
-
-
-def held_out_prompts(prompts: Path, count: int) -> list[str]:
-    """The first prompts of the table.
-
-    Raises:
-        DataError: there are fewer.
-    """
-    asked = list(pd.read_parquet(prompts)["prompt"].head(count))
-    if len(asked) < count:
-        raise DataError(
-            "too few held-out prompts",
-            where=str(prompts),
-            have=f"{len(asked)}, the recipe asks for {count}",
-            then=f"lower evaluate.prompts to {len(asked)}, or add data",
-        )
-    return asked
 
 
 def comparisons(table: pd.DataFrame, evaluate: Evaluate, seed: int) -> Facts:
@@ -170,7 +172,7 @@ def comparisons(table: pd.DataFrame, evaluate: Evaluate, seed: int) -> Facts:
     with suppress(ValueError):  # one answer is longer by the same everywhere: length and model cannot be told apart
         judged = table[table[f"over_{START}"].notna()]
         lengths = judged[f"{POLICY}_tokens"], judged[f"{START}_tokens"]
-        even = length_controlled_win_rate(over_start, *lengths, confidence=evaluate.confidence, seed=seed)
+        even = length_controlled_win_rate(over_start, *lengths, confidence=evaluate.confidence)
         bounds = {"": even.rate, "_low": even.low, "_high": even.high}
         facts |= {f"win_rate_length_controlled{part}": value for part, value in bounds.items()}
     with suppress(ValueError):  # so few prompts that no effect could be seen
@@ -179,6 +181,38 @@ def comparisons(table: pd.DataFrame, evaluate: Evaluate, seed: int) -> Facts:
         if f"over_{rival}" in table and len(met := table[f"over_{rival}"].dropna()):
             facts |= {**rates(f"{rival}_win_rate", won(met.to_numpy(), evaluate.confidence))}
     return facts
+
+
+def by_groups(over_start: pd.Series, asked: pd.DataFrame, confidence: float) -> Facts:
+    """The win rate by each label of the prompts that parts them into two groups at least.
+
+    Args:
+        over_start: (n,) preferences for the policy on the first n prompts; NaN without a verdict.
+        asked: the prompts, with their labels.
+
+    Returns:
+        `win_rate_by`, a list of groups, whose p-values are corrected for their number (Holm).
+    """
+    judged = over_start.notna().to_numpy()
+    found: list[dict[str, Any]] = []
+    for label in asked.columns.drop("prompt"):
+        groups = few_groups(list(asked[label].head(len(judged))[judged]))
+        if len(set(groups)) < 2:
+            continue
+        by_group = win_rate_by(groups, over_start[judged].to_numpy(), confidence)
+        order = sorted(by_group, key=lambda group: (group == OTHER, -by_group[group].n, str(group)))
+        found += [{"by": label, "group": group, **rates("win_rate", by_group[group])} for group in order]
+    for group, corrected in zip(found, holm([group["win_rate_p_value"] for group in found]), strict=True):
+        group["win_rate_p_value"] = float(corrected)
+    return {"win_rate_by": found} if found else {}
+
+
+def group_metrics(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Win rates of groups under names a tracker takes: `win_rate_by_source/NAME`."""
+    return {
+        f"win_rate_by_{group['by']}/{re.sub(r'[^A-Za-z0-9_-]+', '_', group['group'])[:80]}": group["win_rate"]
+        for group in groups
+    }
 
 
 def rates(name: str, found: WinRate) -> Facts:

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,11 +19,27 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from steps import batches, code, data_report, datasets, pipeline, registry, report, tracking, versions
+from steps import (
+    batches,
+    code,
+    data_report,
+    datasets,
+    dead_runs,
+    heartbeat,
+    lineage_page,
+    locks,
+    pipeline,
+    provenance,
+    registry,
+    report,
+    retraining,
+    tracking,
+    versions,
+)
 from steps.artifact import CHART, COMPLETIONS, MANIFEST
 from steps.base import locate
 from steps.config import Recipe
-from steps.errors import Interrupted, PrefloopError
+from steps.errors import EnvironmentProblem, Interrupted, PrefloopError
 from steps.launch import launcher
 from steps.paths import Var, need_space
 from steps.progress import watch
@@ -60,6 +76,7 @@ HEADLINES: dict[str, tuple[str, ...]] = {
 }
 VALIDATION_PAGE = "validation.html"
 PREFIX = {"sft": "sft/", "reward": "reward/"}  # names that would clash in one row
+LIGHT = ("base", "gate")  # steps that need no device
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,8 @@ class Experiment:
         self.data: DataVersion | None = None
         self.data_seconds = 0.0
         self._folder: Path | None = None
-        self._champion: registry.Version | None = None
+        self._met: registry.Version | None = None
+        self._start: registry.Version | None = None
 
     @property
     def folder(self) -> Path:
@@ -113,30 +131,40 @@ class Experiment:
         if self._folder is None:
             folder = new_folder(self.var, self.recipe.name)
             recipe = self.recipe.model_dump(mode="json")
-            (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+            text = yaml.safe_dump(recipe, sort_keys=False)
+            (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+            (folder / provenance.PACKAGES).write_text("\n".join(provenance.packages()) + "\n", encoding="utf-8")
             tags = {
                 "prefloop.git_commit": versions.git_revision(self.root) or "no git",
                 "prefloop.libraries": ", ".join(f"{k} {v}" for k, v in code.library_versions().items()),
                 "prefloop.machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+                **provenance.describe(self.recipe, text),
                 **self.tags,
             }
             parent = str(self.parent) if self.parent else None
             name = self.tags.get("prefloop.variant", folder.name)
             tracking.append(folder, "start", name=name, experiment=self.recipe.name, parent=parent, tags=tags)
             tracking.append(folder, "params", values=flat(self.recipe.used()))
-            tracking.append(folder, "artifact", path="recipe.yaml")
+            for file in ("recipe.yaml", provenance.PACKAGES):
+                tracking.append(folder, "artifact", path=file)
             self._folder = folder
+            dead_runs.close_dead(self.var, self.forwarder)
         return self._folder
 
     # -- the steps -----------------------------------------------------------------------------------------------
 
-    def prepare_data(self) -> DataVersion:
-        """Version and validate the data, and find the base model; everything a later step reads is known then."""
+    def prepare_data(self, prepared: DataVersion | None = None) -> DataVersion:
+        """Version and validate the data, and find the base model; everything a later step reads is known then.
+
+        Args:
+            prepared: the version to take as it is, where it was prepared just before.
+        """
         need_space(self.var.path if self.var.path.is_dir() else self.root, self.recipe.launch.min_free_gib)
         started = time.monotonic()
         self._find_models()
         with self.console.status("data      ingest → validate → split"), ThreadPoolExecutor(1) as pool:
-            preparing = pool.submit(batches.refresh, self.recipe.data.name, self.root)
+            name, root = self.recipe.data.name, self.root
+            preparing = pool.submit(lambda: (prepared, []) if prepared else batches.refresh(name, root))
             self._import_ahead()
             self.data, drifted = preparing.result()
         self.known |= {f"data/{name}": table for name, table in self.data.tables.items()}
@@ -154,7 +182,8 @@ class Experiment:
             shutil.copyfile(page, self.folder / page.name)
             tracking.append(self.folder, "artifact", path=page.name)
         self._forward(self.folder)
-        self._say("data", "checked", self.data_seconds, report.headline("data", self.data.counts))
+        how = "reused" if prepared else "checked"
+        self._say("data", how, self.data_seconds, report.headline("data", self.data.counts))
         if any(finding.drifted for finding in drifted):
             data_report.print_drift(self.console, drifted, "the data", "those of the version before")
         return self.data
@@ -188,8 +217,7 @@ class Experiment:
             PrefloopError: with the command that repeats just this step.
         """
         try:
-            if name == "evaluate":
-                self._find_champion()
+            self._find_others(name)
             spec = self.spec(name)
         except PrefloopError:
             self._end("FAILED")
@@ -209,8 +237,12 @@ class Experiment:
             with watch(name, partial, self.console, each=lambda: self._forward(partial)):
                 self.launch(partial)
 
+        if name == "policy" and self.recipe.policy.start == "champion":
+            start_at = f"training starts at {self._start.uri}" if self._start else None
+            self._say(name, "start", None, start_at or "no champion yet, training starts at the SFT model")
         try:
-            outcome = run_step(spec, self.store, work, start)
+            with self._device(name, spec):
+                outcome = run_step(spec, self.store, work, start)
         except PrefloopError as error:
             self._end("FAILED", self.store.partial(spec))
             error.then = error.then or f"`{self.repeat_command(name)}` repeats just this step"
@@ -221,8 +253,26 @@ class Experiment:
                 f"stopped in the {name} step; nothing is lost",
                 then="the same command again goes on at the newest checkpoint",
             ) from stop
+        except BaseException:  # an orchestrator cancels the run
+            self._end("KILLED", self.store.partial(spec))
+            raise
         self._note(name, outcome)
         return outcome
+
+    @contextmanager
+    def _device(self, name: str, spec: StepSpec) -> Iterator[None]:
+        """While the body runs, no other run of this project trains on our devices; waits until that is so.
+
+        Taken before the step's own lock, always, so that two runs never wait for each other.
+        """
+        if name in LIGHT or self.store.find(spec):
+            yield
+            return
+        holder = f"`{name}` of {self.tags.get('prefloop.command') or self.recipe.name}"
+        with locks.held(
+            self.var.folder("locks"), locks.devices(), holder, lambda whom: self._say(name, "waits", None, whom)
+        ):
+            yield
 
     def run_one(self, name: str, *, again: bool) -> Outcome:
         """Run a single step whose inputs are known and close the books on it.
@@ -230,8 +280,7 @@ class Experiment:
         Args:
             again: run it although its artifact is there; the old one is dropped first.
         """
-        if name == "evaluate":
-            self._find_champion()
+        self._find_others(name)
         if again:
             self.store.forget(self.spec(name))
         outcome = self.run(name)
@@ -280,22 +329,38 @@ class Experiment:
         for alarm in alarms:
             self._say("", "alarm", None, f"{alarm['name']} ({alarm['action']}): {alarm['message']}")
 
+    def _find_others(self, name: str) -> None:
+        """Find what a step reads of earlier runs."""
+        if name == "policy" and self.recipe.policy.start == "champion":
+            self._find_start()
+        if name == "evaluate" and self.meets_champion:
+            self._find_champion()
+
+    def _find_start(self) -> None:
+        """Let training begin at the champion, or at the SFT model while there is none."""
+        self._start = registry.champion(self.forwarder.client, self.recipe.name)
+        if self._start is not None:
+            self.known["start"] = self._adapter_of(self._start)
+
     def _find_champion(self) -> None:
-        """Let the evaluation meet the champion, unless the policy is the champion itself."""
-        if not self.meets_champion:
-            return
-        self._champion = registry.champion(self.forwarder.client, self.recipe.name)
-        if self._champion is None or self._champion.tags.get("policy_digest") == self._policy_digest():
-            return
-        if self._champion.tags.get("base_digest") != self.known["base"].digest:
+        """Let the evaluation meet the champion; a policy that is the champion itself, the one it met before."""
+        self._met = registry.champion(self.forwarder.client, self.recipe.name)
+        if self._met is not None and self._met.tags.get("policy_digest") == self._policy_digest():
+            self._met = registry.met_by(self.forwarder.client, self._met)
+        if self._met is not None:
+            self.known["champion"] = self._adapter_of(self._met)
+
+    def _adapter_of(self, version: registry.Version) -> Input:
+        """A registered adapter, as an input of a step."""
+        if version.tags.get("base_digest") != self.known["base"].digest:
             raise PrefloopError(
                 "the champion stands on another base model, so the two cannot answer side by side",
-                where=self._champion.uri,
-                have=f"its base is {self._champion.tags.get('base')}, the recipe's {self.recipe.model.base}",
+                where=version.uri,
+                have=f"its base is {version.tags.get('base')}, the recipe's {self.recipe.model.base}",
                 then="give the recipe another `name`",
             )
-        folder = registry.fetch_adapter(self.forwarder.client, self._champion, self.var.folder("champions"))
-        self.known["champion"] = Input(folder, str(self._champion.tags["policy_digest"]))
+        folder = registry.fetch_adapter(self.forwarder.client, version, self.var.folder("champions"))
+        return Input(folder, str(version.tags["policy_digest"]))
 
     def _policy_digest(self) -> str:
         return registry.adapter_digest(self.known["policy"].path)
@@ -314,8 +379,14 @@ class Experiment:
         text = self.markdown(f"models:/{self.recipe.name}")
         (model / "README.md").write_text(text, encoding="utf-8")
         tracking.append(self.folder, "artifact", path="model", under="model")
-        if not self._forward(self.folder):
+        if not self.forwarder.forward(self.folder, now=True):
             registry.champion(self.forwarder.client, self.recipe.name)  # raises, saying what is wrong
+            raise EnvironmentProblem(
+                "the run cannot be sent to MLflow, so its model cannot be registered",
+                where=self.forwarder.uri,
+                have=self.forwarder.problem.splitlines()[0],
+                then="mend that, then run again: finished steps are reused",
+            )
         assert self.data is not None
         tags = {
             "policy_digest": self._policy_digest(),
@@ -325,19 +396,25 @@ class Experiment:
             "data": self.data.name,
             "data_digest": self.data.digest,
             "data_revision": self.data.revision or "no git",
+            "data_valid": versions.outputs(self.data.name, self.root)["valid.parquet"],
+            "recipe_digest": retraining.recipe_digest(self.recipe),
             "run": self.folder.name,
+            "start": self._start.uri if self._start else "sft",
+            registry.MET: self._met.version if self._met else "none",
             "verdict": " | ".join(verdict["reasons"]),
             **{f"step.{name}": outcome.artifact.key for name, outcome in self.outcomes.items()},
         }
-        return registry.register(
-            self.forwarder.client,
-            self.recipe.name,
-            str(self.forwarder.run_id(self.folder)),
-            "model",
-            tags,
-            promote=verdict["promote"],
-            description=text,
-        )
+        turn = [f"registering {self.recipe.name}"]  # else two runs of one recipe would both find nothing registered
+        with locks.held(self.var.folder("locks"), turn, self.folder.name, lambda whom: None):
+            return registry.register(
+                self.forwarder.client,
+                self.recipe.name,
+                str(self.forwarder.run_id(self.folder)),
+                "model",
+                tags,
+                promote=verdict["promote"],
+                description=text,
+            )
 
     # -- what is left behind -------------------------------------------------------------------------------------
 
@@ -359,7 +436,9 @@ class Experiment:
         (self.folder / "report.md").write_text(text, encoding="utf-8")
         for file in [*sorted(self.folder.glob("*.png")), self.folder / "report.md"]:
             tracking.append(self.folder, "artifact", path=file.name)
-        tracking.append(self.folder, "tags", values={"model": model, "promoted": facts["gate"]["promote"]})
+        said = {"promoted": facts["gate"]["promote"], "verdict": " | ".join(facts["gate"]["reasons"])}
+        tracking.append(self.folder, "tags", values={"model": model, **said})
+        lineage_page.leave(self.folder, self.root, self.forwarder, model)
         tracking.append(self.folder, "end", status="FINISHED")
         sent = self._forward(self.folder)
         hints = [
@@ -419,8 +498,8 @@ class Experiment:
         self.known |= {f"data/{name}": table for name, table in self.data.tables.items()}
         for name in self.recipe.STEPS:
             try:
-                if name == "evaluate" and "policy" in self.known:
-                    self._find_champion()
+                if name != "evaluate" or "policy" in self.known:
+                    self._find_others(name)
                 spec = self.spec(name)
             except KeyError as missing:
                 yield Plan(name, "wait", f"follows {missing.args[0]}")
@@ -467,6 +546,7 @@ def new_folder(var: Var, name: str) -> Path:
         folder = var.folder("runs") / (stamp if number == 1 else f"{stamp}-{number}")
         with suppress(FileExistsError):
             folder.mkdir()
+            heartbeat.begin(folder)
             return folder
     raise AssertionError
 

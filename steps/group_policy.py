@@ -26,6 +26,7 @@ from steps.rollouts import (
     rollout_arguments,
 )
 from steps.tracking import Tracker
+from steps.warm_start import begin_at
 
 BETA = 0.05  # KL coefficient where the recipe names none; TRL's GRPO has no penalty unless asked for one
 
@@ -85,6 +86,7 @@ def tune_policy(
     seed: int,
     out: Path,
     tracker: Tracker,
+    start: Path | None = None,
 ) -> Facts:
     """Let TRL's trainer raise what our reward model gives the policy's answers.
 
@@ -92,14 +94,15 @@ def tune_policy(
         sft: the SFT step's artifact; policy and reference both start there.
         reward: the reward step's artifact.
         preferences: prompts of its part `train` are answered; its held-out pairs measure the implicit reward.
+        start: another policy to begin the training at; the reference stays the SFT model.
     """
     set_seed(seed)
     kind, arguments_of, module = KINDS[method]
     tokenizer, model = load_tokenizer(base), load_policy(base, dtype, sft / ADAPTER, trainable=True)
     scorer = reward_scorer(model, base, dtype, reward / ADAPTER)
-    start = REFERENCE if isinstance(model, PeftModel) else None
-    if start:
-        add_adapter(model, start, "default")
+    frozen = REFERENCE if isinstance(model, PeftModel) else None
+    if frozen:
+        add_adapter(model, frozen, "default")
     args = rollout_arguments(arguments_of, config, {"beta": BETA}, seed=seed, out=out)
     prompts = prompts_of(preferences, at_least=args.generation_batch_size // args.num_generations)
     scorer.head.to(args.device)
@@ -115,11 +118,13 @@ def tune_policy(
         )
 
     def reference(rows):  # asked before the first update, when a whole model is its own reference
-        with active(model, start):
+        with active(model, frozen):
             return token_log_probs(model, rows)[0]
 
     held_out = HeldOut(held_out_pairs(preferences, config.held_out), tokenizer, reference)
-    return learn(method, trainer, config, held_out, args.beta or 1.0, base, out, tracker)
+    begin_at(model, start, base, dtype)
+    facts = learn(method, trainer, config, held_out, args.beta or 1.0, base, out, tracker)
+    return {**facts, "start": "champion" if start else "sft"}
 
 
 def reward_scorer(policy: PreTrainedModel, base: Path, dtype: str, weights: Path) -> Scorer:

@@ -1,7 +1,9 @@
 """First data stage: every record of the source becomes canonical rows that know their file and line.
 
-Nothing is dropped and nothing is judged here: a record that cannot become a row becomes one without texts, with its
-raw text and the reason, and validation names it. `python -m steps.ingest NAME` writes `data/NAME/rows.parquet`.
+Nothing is judged here, and nothing is dropped but what people asked to be forgotten: a record that cannot become a row
+becomes one without texts, with its raw text and the reason, and validation names it.
+
+`python -m steps.ingest NAME` writes `data/NAME/rows.parquet`.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from steps.datasets import Dataset, dataset, folder
 from steps.errors import DataError, PrefloopError
 from steps.formats import FORMATS, BadRecord, Row, at, kind_of, number
 from steps.readers import Record, hub_records, lines_of, records
-from steps.rows import CHUNK, row_id, writing
+from steps.rows import CHUNK, SCHEMA, TOPIC, row_id, writing
 from steps.sources import DOWNLOADS, File, files_of
 
 LONG = ("prompt", "chosen", "rejected", "answer", "raw")
 CHUNK_CHARACTERS = 64 << 20
+TOPIC_CHARACTERS = 100  # a topic is a label, not a text
 _FIELD = re.compile(r"\{([^{}]+)\}")
 
 
@@ -35,7 +38,7 @@ def ingest(entry: Dataset, local: Path, out: Path, downloads: Path = DOWNLOADS) 
         how many records were read, and how many rows they became.
     """
     read = 0
-    with writing(out) as writer:
+    with writing(out, SCHEMA.append(TOPIC) if "topic" in entry.columns else SCHEMA) as writer:
         for chunk in _chunks(canonical_rows(entry, local, downloads)):
             read += sum(row["part"] == 0 for row in chunk)
             writer.write(chunk)
@@ -57,16 +60,35 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def canonical_rows(entry: Dataset, local: Path, downloads: Path = DOWNLOADS) -> Iterator[Row]:
-    """The rows of a dataset, in the order of its files and lines."""
+    """The rows of a dataset, in the order of its files and lines, without those of records that are forgotten."""
+    forgotten = frozenset(entry.forgotten)
+    for rows in _rows_by_record(entry, local, downloads):
+        if forgotten.isdisjoint(row["row_id"] for row in rows):
+            yield from rows
+
+
+def forgotten_records(entry: Dataset, local: Path, downloads: Path = DOWNLOADS) -> int:
+    """How many records of a source are left out, for a row of theirs is to be forgotten."""
+    forgotten = frozenset(entry.forgotten)
+    if not forgotten:
+        return 0
+    return sum(
+        not forgotten.isdisjoint(row["row_id"] for row in rows) for rows in _rows_by_record(entry, local, downloads)
+    )
+
+
+def _rows_by_record(entry: Dataset, local: Path, downloads: Path) -> Iterator[list[Row]]:
     if entry.format == "rated_sentences":
         with files_of(entry.source, local, downloads) as files:
-            yield from rated_sentences(files)
+            yield from ([row] for row in rated_sentences(files))
         return
     for source, file, record in records_of(entry, local, downloads):
-        for part, row in enumerate(_rows_of(record, entry)):
+        rows = _rows_of(record, entry)
+        for part, row in enumerate(rows):
             row |= {"source": source, "file": file, "line": record.line, "part": part, "encoding": record.encoding}
+            row["topic"] = _topic(record, entry)
             row["row_id"] = row_id(row)
-            yield row
+        yield rows
 
 
 def records_of(entry: Dataset, local: Path, downloads: Path = DOWNLOADS) -> Iterator[tuple[str, str, Record]]:
@@ -108,6 +130,12 @@ def _rows_of(record: Record, entry: Dataset) -> list[Row]:
     except RecursionError:
         return [_unread(record, "unreadable", "the record is nested too deeply")]
     return rows or [_unread(record, "unreadable", "the record holds nothing")]
+
+
+def _topic(record: Record, entry: Dataset) -> str | None:
+    """What the registry calls a record's topic, as text; lists and numbers are written out."""
+    found = _flat(at(record.value, entry.columns["topic"])) if "topic" in entry.columns else ""
+    return found.encode("utf-8", "replace").decode()[:TOPIC_CHARACTERS] or None
 
 
 def _unread(record: Record, fault: str, problem: str) -> Row:

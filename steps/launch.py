@@ -14,8 +14,8 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from steps.config import Launch
@@ -43,10 +43,11 @@ class Process:
 
     Args:
         threads: threads a step may use; all cores when not given.
+        timeout: seconds a step may take; no limit when not given.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads
+    def __init__(self, threads: int | None = None, timeout: float | None = None) -> None:
+        self.threads, self.timeout = threads, timeout
         self._worker: subprocess.Popen[str] | None = None
         self._dismiss: Callable[[], object] = lambda: None
 
@@ -58,13 +59,22 @@ class Process:
         """Run the step whose spec lies in `partial`.
 
         Raises:
-            PrefloopError: what the step raised; `StepFailed` with the end of its log when it died without a word.
+            PrefloopError: what the step raised; `StepFailed` with the end of its log when it died without a word or
+                was ended after `timeout`.
         """
         (partial / "error.json").unlink(missing_ok=True)
         log = partial / "log.txt"
-        status = self._run(partial)
+        limit = Limit(self.timeout)
+        status = self._run(partial, limit)
         if status == 0:
             return
+        if limit.reached:
+            raise StepFailed(
+                f"the step took longer than the {self.timeout:g} s it may, and its process was ended",
+                where=str(log),
+                have=last_lines(log),
+                then="run again: the step goes on at its newest checkpoint; or raise launch.timeout",
+            )
         if error := read_error(partial / "error.json"):
             if type(error) is StepFailed and not error.where:
                 error = StepFailed(error.what, where=str(log), have=last_lines(log))
@@ -82,14 +92,15 @@ class Process:
         self._worker = None
         self._dismiss()
 
-    def _run(self, partial: Path) -> int:
+    def _run(self, partial: Path, limit: Limit) -> int:
         """The step's exit status, negative for a signal."""
         function = json.loads((partial / "spec.json").read_text(encoding="utf-8"))["function"]
         worker = self._ask({"import": [function.partition(":")[0]], "run": str(partial)})
         child = None
         try:
             child = int(worker.stdout.readline())  # type: ignore[union-attr]
-            return int(worker.stdout.readline())  # type: ignore[union-attr]
+            with limit.watching(child):
+                return int(worker.stdout.readline())  # type: ignore[union-attr]
         except ValueError:  # the worker itself is gone
             if child is not None:
                 _signal(child, signal.SIGKILL)
@@ -120,7 +131,52 @@ class Process:
 
 def launcher(config: Launch) -> Here | Process:
     """The launcher a recipe asks for."""
-    return Here() if config.launcher == "here" else Process(config.threads)
+    return Here() if config.launcher == "here" else Process(config.threads, config.timeout)
+
+
+class Limit:
+    """The time a step may take: after it SIGTERM, for a checkpoint, and after `GRACE` seconds more SIGKILL.
+
+    Attributes:
+        reached: whether the step was asked to end.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds, self.reached = seconds, False
+        self._over = threading.Event()
+
+    @contextmanager
+    def watching(self, child: int) -> Iterator[None]:
+        """While the body runs, the clock runs for the process of that number."""
+        if self.seconds is None:
+            yield
+            return
+        watch = threading.Thread(target=self._watch, args=(child,), daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            watch.join()
+
+    def _watch(self, child: int) -> None:
+        if self._over.wait(self.seconds):
+            return
+        self.reached = True
+        _signal(child, signal.SIGTERM)
+        if not self._over.wait(GRACE):
+            _end_all(child)
+
+
+def _end_all(child: int) -> None:
+    """End a process that does not listen, and what it started."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(child).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    _signal(child, signal.SIGKILL)
 
 
 def end(child: int, worker: subprocess.Popen[str]) -> None:

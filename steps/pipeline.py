@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from steps import alarms
-from steps.config import Recipe
+from steps.config import Recipe, Section
 from steps.run import Input, StepSpec
 
 
@@ -21,7 +21,8 @@ class Step:
     Attributes:
         function: `module:function`.
         config: argument name → dotted path in the recipe.
-        inputs: argument name → an earlier step, or `data/TABLE`, or `source` (the base model's files), or `classifier`.
+        inputs: argument name → an earlier step, or `data/TABLE`, or `source` (the base model's files), or `classifier`,
+            or `start` and `champion` (adapters of an earlier run).
         optional: inputs that may be absent.
         random: whether the recipe's seed matters to it; what does not draw is shared by all seeds.
     """
@@ -40,6 +41,11 @@ STEPS: dict[str, Step] = {
     "sft": Step(
         "steps.sft:train_sft", {"sft": "sft", **_ADAPTED}, {"base": "base", "demonstrations": "data/demonstrations"}
     ),
+    "baseline": Step(
+        "steps.baseline:answer_prompts",
+        {"sampling": "evaluate.sampling", "dtype": "model.dtype"},
+        {"base": "base", "sft": "sft", "prompts": "data/prompts"},
+    ),
     "reward": Step(
         "steps.reward:train_reward",
         {"reward": "reward", **_ADAPTED},
@@ -51,6 +57,7 @@ STEPS: dict[str, Step] = {
         {
             "base": "base",
             "sft": "sft",
+            "baseline": "baseline",
             "reward": "reward",
             "policy": "policy",
             "prompts": "data/prompts",
@@ -69,22 +76,35 @@ STEPS: dict[str, Step] = {
     ),
 }
 
-_FROM_REWARD = {"base": "base", "sft": "sft", "reward": "reward", "preferences": "data/preferences"}
+_START = {"start": "start"}  # where training begins, when not at the SFT model
+_FROM_REWARD = {"base": "base", "sft": "sft", "reward": "reward", "preferences": "data/preferences", **_START}
 
 # The policy step, by the recipe's method.
 POLICIES: dict[str, Step] = {
     "dpo": Step(
         "steps.dpo:tune_policy",
         {"dpo": "policy.dpo", "dtype": "model.dtype"},
-        {"base": "base", "sft": "sft", "preferences": "data/preferences"},
+        {"base": "base", "sft": "sft", "preferences": "data/preferences", **_START},
+        optional=frozenset(_START),
     ),
     "ppo": Step(
         "steps.ppo:tune_policy",
         {"ppo": "policy.ppo", "dtype": "model.dtype"},
         {**_FROM_REWARD, "demonstrations": "data/demonstrations"},
+        optional=frozenset(_START),
     ),
-    "rloo": Step("steps.group_policy:tune_by_rloo", {"rloo": "policy.rloo", "dtype": "model.dtype"}, _FROM_REWARD),
-    "grpo": Step("steps.group_policy:tune_by_grpo", {"grpo": "policy.grpo", "dtype": "model.dtype"}, _FROM_REWARD),
+    "rloo": Step(
+        "steps.group_policy:tune_by_rloo",
+        {"rloo": "policy.rloo", "dtype": "model.dtype"},
+        _FROM_REWARD,
+        optional=frozenset(_START),
+    ),
+    "grpo": Step(
+        "steps.group_policy:tune_by_grpo",
+        {"grpo": "policy.grpo", "dtype": "model.dtype"},
+        _FROM_REWARD,
+        optional=frozenset(_START),
+    ),
     "best_of_n": Step("steps.best_of_n:tune_policy", {"best_of_n": "policy.best_of_n"}, {"sft": "sft"}),
 }
 
@@ -117,7 +137,7 @@ def spec(name: str, recipe: Recipe, known: Mapping[str, Input]) -> StepSpec:
     """The spec of a step, from what is known of its inputs.
 
     Args:
-        known: earlier steps' artifacts, `data/TABLE`, `source`, `champion`, `classifier`.
+        known: earlier steps' artifacts, `data/TABLE`, `source`, `champion`, `start`, `classifier`.
 
     Raises:
         KeyError: an input that is not known yet, by its name.
@@ -139,7 +159,7 @@ def spec(name: str, recipe: Recipe, known: Mapping[str, Input]) -> StepSpec:
 
 
 def _at(recipe: Recipe, path: str) -> Any:
-    value: Any = recipe.model_dump(mode="json")
+    value: Any = recipe
     for name in path.split("."):
-        value = value[name]
-    return value
+        value = getattr(value, name)
+    return value.model_dump(mode="json") if isinstance(value, Section) else value

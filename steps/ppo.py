@@ -34,6 +34,7 @@ from steps.ppo_trainer import Moments, PPOConfig, PPOTrainer
 from steps.rollouts import AnswerReward, learn, prompt_rows, prompts_of, rollout_arguments
 from steps.sampling import draw_tokens, uniforms_of
 from steps.tracking import Tracker
+from steps.warm_start import begin_at
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def tune_policy(
     seed: int,
     out: Path,
     tracker: Tracker,
+    start: Path | None = None,
 ) -> Facts:
     """Maximise E[r(x, y)] − β KL(π‖ρ) (InstructGPT, arXiv:2203.02155, eq. 2) by PPO, from the SFT model.
 
@@ -72,6 +74,8 @@ def tune_policy(
         reward: the reward step's artifact.
         preferences: prompts of its part `train` are answered; its held-out pairs measure the implicit reward.
         demonstrations: table of prompt, completion, for the pre-training mix.
+        start: another policy to begin the training at. The reference stays the SFT model, and so does the scale of
+            the reward, which its answers give.
     """
     set_seed(seed)
     tokenizer, models = load_tokenizer(base), load_models(ppo, dtype, base, sft, reward)
@@ -99,8 +103,10 @@ def tune_policy(
     held_out = HeldOut(held_out_pairs(preferences, ppo.held_out), tokenizer, trainer.reference_log_probs)
     for memory in memories:
         memory.keep()
+    begin_at(models.policy, start, base, dtype)
     facts = learn("ppo", trainer, ppo, held_out, ppo.kl.coefficient, base, out, tracker)
-    return {**facts, "reward_mean": moments.mean, "reward_deviation": moments.deviation}
+    moments_used = {"reward_mean": moments.mean, "reward_deviation": moments.deviation}
+    return {**facts, "start": "champion" if start else "sft", **moments_used}
 
 
 def load_models(ppo: PPO, dtype: str, base: Path, sft: Path, reward: Path) -> Models:

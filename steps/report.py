@@ -28,6 +28,8 @@ def headline(name: str, facts: Mapping[str, Any]) -> str:
         return f"{facts['base']}, {facts['bytes'] / 2**20:.0f} MiB"
     if name == "sft":
         return f"loss {facts['loss']:.2f} on {facts['rows']} demonstrations"
+    if name == "baseline":
+        return f"the start answered {facts['prompts']} held-out prompts, {facts['tokens']:.1f} tokens on average"
     if name == "reward":
         return (
             f"orders {facts['accuracy']:.3f} of {facts['held_out']} held-out pairs right "
@@ -79,6 +81,7 @@ def findings(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
         f"Answers have {measured['policy_tokens']:.1f} tokens on average, the start's {measured['start_tokens']:.1f} "
         f"(× {measured['length_ratio']:.2f}).",
     ]
+    said += groups_in_words(measured.get("win_rate_by", ()))
     if "win_rate_length_controlled" in measured:
         said.append(
             f"Were all answers equally long, the win rate would be {measured['win_rate_length_controlled']:.1%} "
@@ -113,6 +116,36 @@ def findings(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"more weight on an sft loss (loss_type [sigmoid, sft]), holds the chosen answers up."
         )
     return said
+
+
+def groups_in_words(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each label win rates are told by, and one on which groups differ from ½."""
+    if not groups:
+        return []
+    said = []
+    for label in dict.fromkeys(group["by"] for group in groups):
+        told = [
+            f"{_quoted(group['group'])} {group['win_rate']:.1%} ({group['win_rate_low']:.1%} to "
+            f"{group['win_rate_high']:.1%}, {_prompts(group)} prompts)"
+            for group in groups
+            if group["by"] == label
+        ]
+        said.append(f"Win rate by {label}: {', '.join(told)}.")
+    sure = [group for group in groups if group["win_rate_p_value"] < 0.05]
+    names = ", ".join(f"{_quoted(group['group'])} ({group['win_rate']:.1%})" for group in sure)
+    which = f"{names} {'differs' if len(sure) == 1 else 'differ'}" if sure else "none differs"
+    said[-1] += f" With {len(groups)} groups looked at, {which} from ½ at 5 % (Holm's correction)."
+    return said
+
+
+def _prompts(group: Mapping[str, Any]) -> int:
+    return int(group["win_rate_wins"] + group["win_rate_ties"] + group["win_rate_losses"])
+
+
+def _quoted(name: str) -> str:
+    """A name out of the data, such that no Markdown in it is taken for any."""
+    plain = printable(name).replace("`", "'")
+    return f"`{plain if len(plain) <= 40 else plain[:39] + '…'}`"
 
 
 def judge_in_words(measured: Mapping[str, Any]) -> str:

@@ -44,6 +44,7 @@ SCHEMA = pa.schema(
         ("raw", pa.string()),
     ]
 )
+TOPIC = pa.field("topic", pa.string())  # of datasets whose registry entry names a field for it
 CONTENT = ("kind", "prompt", "chosen", "rejected", "tie", "margin", "answer", "score", "ratings")
 TEXTS = ("prompt", "chosen", "rejected", "answer")
 PLACE = ("source", "file", "line", "part")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from steps.config import Evaluate
+from steps.config import Sampling
 from steps.tracking import Tracker
 
 
@@ -113,12 +113,17 @@ class Answers:
     lengths: np.ndarray
     tokens: list[list[int]]
 
+    def part(self, place: int, count: int) -> Answers:
+        """`count` of the answers, from the one at `place` on."""
+        rows = slice(place, place + count)
+        return Answers(self.texts[rows], self.lengths[rows], self.tokens[rows])
+
 
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    config: Evaluate,
+    config: Sampling,
     seed: int,
     tracker: Tracker,
     label: str,

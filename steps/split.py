@@ -6,7 +6,7 @@ the order of the rows does not matter:
 - `demonstrations` (prompt, completion): what SFT imitates.
 - `preferences` (prompt, chosen, rejected, margin, agreement, part): `train` for the reward model and the policy,
   `held_out` to measure both.
-- `prompts`: the held-out prompts, for sampling.
+- `prompts` (prompt, source and, where records have one, topic): the held-out prompts, for sampling.
 - `gold` (answer, score): human ratings for the judge; no other step learns from them.
 
 `python -m steps.split NAME`.
@@ -35,7 +35,8 @@ MANY, NEIGHBOURS = 1000, 16  # answers of one prompt from which not all pairs ar
 TOPIC_ROWS = 12  # a word is a topic when at least this many answers hold it …
 TOPIC_BALANCE = 0.35  # … and at least this share of them is liked, and at least this share is not
 COLUMNS = ["row_id", "kind", "prompt", "chosen", "rejected", "tie", "margin", "answer", "score", "ratings"]
-COLUMNS += ["file", "line", "part"]
+COLUMNS += ["source", "file", "line", "part"]
+LABELS = ("source", "topic")  # what win rates are told by; `topic` where the registry names a field for it
 PAIR = ["prompt", "chosen", "rejected", "margin", "agreement", "chosen_id", "rejected_id"]
 _WORD = re.compile(r"[a-z]{4,}")
 
@@ -152,7 +153,7 @@ def split(rows: pd.DataFrame, entry: Dataset) -> dict[str, pd.DataFrame]:
     tables = {
         "demonstrations": parts["demonstrations"],
         "preferences": pd.concat(pairs, ignore_index=True),
-        "prompts": pd.DataFrame({"prompt": sorted(asked, key=lambda prompt: unit_hash(seed, prompt))}, dtype="str"),
+        "prompts": _labelled(sorted(asked, key=lambda prompt: unit_hash(seed, prompt)), rows),
         "gold": parts["gold"],
     }
     if all(table.empty for table in tables.values()):
@@ -162,6 +163,13 @@ def split(rows: pd.DataFrame, entry: Dataset) -> dict[str, pd.DataFrame]:
             then="add data, or change the shares under `split:` in data/datasets.yaml",
         )
     return tables
+
+
+def _labelled(prompts: list[str], rows: pd.DataFrame) -> pd.DataFrame:
+    """Prompts with where they come from and what they are about, by the first row of each, in files and lines."""
+    first = rows.sort_values(["file", "line", "part"], kind="stable").drop_duplicates("prompt").set_index("prompt")
+    labels = {name: first[name].reindex(prompts).to_numpy() for name in LABELS if name in rows}
+    return pd.DataFrame({"prompt": prompts, **labels}, dtype="str")
 
 
 def _topic_prompts(rows: pd.DataFrame, template: str) -> list[str | None]:
@@ -288,7 +296,7 @@ def _without_leaks(parts: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 def main(name: str) -> None:
     entry = dataset(name)
     valid = folder(name) / "valid.parquet"
-    tables = split(pd.read_parquet(valid, columns=COLUMNS), entry)
+    tables = split(pd.read_parquet(valid, columns=[*COLUMNS, *({"topic"} & set(entry.columns))]), entry)
     for table, frame in tables.items():
         write_table(frame, folder(name) / f"{table}.parquet")
     pairs = tables["preferences"]

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from urllib.error import URLError
@@ -34,6 +34,8 @@ def prefect_environment(var: Var) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; `prefloop serve` calls a flow crashed that misses three
         "PREFECT_CLI_COLORS": "false",
     }
     return {name: value for name, value in usual.items() if name not in os.environ}
@@ -58,7 +60,7 @@ def running(var: Var) -> dict[str, str]:
         addresses = json.loads((var.path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {name: address for name, address in addresses.items() if _answers(address + HEALTH[name], 0.5)}
+    return {name: address for name, address in addresses.items() if answers(address + HEALTH[name], 0.5)}
 
 
 def mlflow_address(var: Var) -> str:
@@ -67,8 +69,11 @@ def mlflow_address(var: Var) -> str:
     return uri if uri.startswith("http") else running(var).get("mlflow", f"http://{HOST}:{PORTS['mlflow']}")
 
 
-def start(var: Var) -> dict[str, tuple[str, subprocess.Popen]]:
+def start(var: Var, wanted: Sequence[str] = tuple(PORTS)) -> dict[str, tuple[str, subprocess.Popen]]:
     """Start both servers and wait until they answer; MLflow's only where tracking does not go to a server already.
+
+    Args:
+        wanted: names of the servers, when not both.
 
     Raises:
         EnvironmentProblem: one of them does not come up; nothing is left running.
@@ -86,8 +91,7 @@ def start(var: Var) -> dict[str, tuple[str, subprocess.Popen]]:
         ],
         "prefect": ["-m", "prefect", "server", "start", "--host", HOST, "--port", str(ports["prefect"])],
     }
-    if shared:
-        del commands["mlflow"]
+    commands = {name: commands[name] for name in wanted if not (shared and name == "mlflow")}
     environment: Mapping[str, str] = {
         **os.environ,
         **prefect_environment(var),
@@ -145,7 +149,8 @@ def _free_port(wanted: int) -> int:
     raise EnvironmentProblem("no free port on loopback", where=HOST)
 
 
-def _answers(url: str, timeout: float) -> bool:
+def answers(url: str, timeout: float) -> bool:
+    """Whether a server says that it is well."""
     try:
         with urlopen(url, timeout=timeout) as reply:  # noqa: S310 - loopback, from our own state file
             return reply.status == 200
@@ -158,7 +163,7 @@ def _wait_for(name: str, url: str, child: subprocess.Popen, log: Path, seconds: 
 
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if _answers(url, 1):
+        if answers(url, 1):
             return
         if child.poll() is not None:
             break

@@ -29,12 +29,12 @@ from steps.datasets import Dataset, Rules, dataset, folder, write_metrics, write
 from steps.errors import DataError, PrefloopError
 from steps.ingest import raw_texts
 from steps.overview import Overview, look_over
-from steps.rows import CHUNK, SCHEMA, TEXTS, chunks, writing
+from steps.rows import CHUNK, SCHEMA, TEXTS, TOPIC, chunks, writing
 
 REASONS = pa.field("reasons", pa.list_(pa.string()))
 WARNINGS = pa.field("warnings", pa.list_(pa.string()))
 QUARANTINE = SCHEMA.append(REASONS)
-VALID = SCHEMA.remove(SCHEMA.get_field_index("raw")).append(WARNINGS)
+VALID = SCHEMA.remove(SCHEMA.get_field_index("raw"))  # with a topic where there is one, and WARNINGS
 EXAMPLES = 5  # per check, in the counts
 
 # Statistics of the whole dataset and the bounds between which nothing is said, unless the registry has a threshold.
@@ -222,7 +222,8 @@ def _judged(
     rules = entry.rules
     notes = {name: CHECKS[name].looks_for for name in checks}
     keeps = {name for name in checks if severity_of(name, rules) == "warn"}
-    with writing(valid, VALID) as writer:
+    topic = [TOPIC] if "topic" in entry.columns else []
+    with writing(valid, pa.schema([*VALID, *topic, WARNINGS])) as writer:
         for table in chunks(path):
             chunk = Chunk(table, tally.read, overview, rules, needs_prompt=entry.format != "rated_sentences")
             found = {name: _found(name, chunk) for name in checks}

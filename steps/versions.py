@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +56,13 @@ class DataVersion:
 # -- making versions ---------------------------------------------------------------------------------------------
 
 
-def prepare(name: str, root: Path) -> DataVersion:
+def prepare(name: str, root: Path, wait: float = WAIT) -> DataVersion:
     """Bring a dataset up to date with its source, the registry and the stages' code: `dvc repro`.
 
     `dvc.lock` changes when all stages have passed, or not at all.
+
+    Args:
+        wait: seconds another process may go on working on the data before this one gives up.
 
     Raises:
         DataError: no such dataset, or a stage failed; its own message is in `have`.
@@ -66,12 +70,12 @@ def prepare(name: str, root: Path) -> DataVersion:
     """
     datasets.dataset(name, root)
     (datasets.folder(name, root) / "source").mkdir(parents=True, exist_ok=True)
-    with one_writer(root), _lock_kept(root) as put_back:
-        result = _dvc(["repro", f"split@{name}"], root)
+    with one_writer(root, wait), _lock_kept(root) as put_back:
+        result = _repro(name, root, wait)
         if result.returncode == 0:
             return current(name, root)
         output = (result.stdout + result.stderr).strip()
-        if any(sign in output for sign in _BUSY):
+        if _is_busy(result):
             raise _busy(root)
         put_back()
     if "is not a git repository" in output:
@@ -89,19 +93,31 @@ def prepare(name: str, root: Path) -> DataVersion:
     )
 
 
+def _repro(name: str, root: Path, wait: float) -> subprocess.CompletedProcess[str]:
+    """`dvc repro`, again while another DVC is at work, such as one that outlived whoever started it."""
+    end = time.monotonic() + wait
+    while _is_busy(result := _dvc(["repro", f"split@{name}"], root)) and time.monotonic() < end:
+        time.sleep(0.5)
+    return result
+
+
+def _is_busy(result: subprocess.CompletedProcess[str]) -> bool:
+    return result.returncode != 0 and any(sign in result.stdout + result.stderr for sign in _BUSY)
+
+
 @contextmanager
-def one_writer(root: Path) -> Iterator[None]:
+def one_writer(root: Path, wait: float = WAIT) -> Iterator[None]:
     """Keep every other writer of the data out; ends with the process, however it dies.
 
     Raises:
-        EnvironmentProblem: another process has been working on the data for longer than `WAIT`.
+        EnvironmentProblem: another process has been working on the data for longer than `wait` seconds.
     """
     from filelock import FileLock, Timeout
 
     place = Var(root).path / "data.lock"
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(place, timeout=WAIT, is_singleton=True):
+        with FileLock(place, timeout=WAIT, is_singleton=True).acquire(timeout=wait):
             _clear_after_the_dead(root)
             yield
     except Timeout:
@@ -387,6 +403,15 @@ def fetch(name: str, root: Path, revision: str, to: Path, files: list[str] | Non
     return {file: to / file for file in wanted}
 
 
+def cached(md5s: Iterable[str], root: Path) -> dict[str, Path]:
+    """Where DVC's cache on this machine keeps files, for those it has; they are to be read, not written."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        paths = {md5: Path(repo.cache.local.oid_to_path(md5)) for md5 in md5s}
+    return {md5: path for md5, path in paths.items() if path.is_file()}
+
+
 def _check_md5(path: Path, expected: str, where: str) -> None:
     found = digest_file(path, "md5")
     if found != expected:
@@ -423,6 +448,20 @@ def git_user(root: Path) -> str:
 def remotes(root: Path) -> list[str]:
     """Names and addresses of the DVC remotes, in turn."""
     return _dvc(["remote", "list"], root).stdout.split()
+
+
+def remote_names(root: Path) -> list[str]:
+    """Names of the DVC remotes."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        return sorted(repo.config["remote"])
+
+
+def in_git(files: Sequence[str], root: Path) -> list[str]:
+    """Those of some files, relative to the project, that git keeps."""
+    listed = _git(["ls-files", "-z", "--", *files], root).stdout if files else ""
+    return [file for file in listed.split("\0") if file]
 
 
 def _git(arguments: list[str], root: Path) -> subprocess.CompletedProcess[str]:

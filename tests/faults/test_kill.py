@@ -164,7 +164,7 @@ def test_ppo_killed_at_a_random_moment(finished: Path, tmp_path: Path, straight:
 @pytest.mark.parametrize("seed", range(12))
 def test_killed_at_a_random_moment(finished: Path, tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)
-    step = draw.choice(["base", "sft", "reward", "policy", "evaluate", "gate"])
+    step = draw.choice(["base", "sft", "baseline", "reward", "policy", "evaluate", "gate"])
     root = copy_without(finished, tmp_path / "project", step)
     running = start(root, step)
     time.sleep(draw.uniform(0.5, 14))

@@ -51,7 +51,7 @@ def test_the_first_run_does_every_step_and_registers_a_champion(first: tuple[Pat
     _, output = first
     assert steps_in(output) == {
         "data": "checked",
-        **dict.fromkeys(("base", "sft", "reward", "policy", "evaluate", "gate"), "done"),
+        **dict.fromkeys(("base", "sft", "baseline", "reward", "policy", "evaluate", "gate"), "done"),
     }
     assert "promoted  models:/tiny/1" in output
     assert output.count("prompt  ") == output.count("before  ") == output.count("after   ") == 3
@@ -100,7 +100,7 @@ def test_the_parent_run_holds_the_headline_numbers_and_the_data(first: tuple[Pat
         }
     assert {"win_rate", "win_rate_low", "win_rate_high", "eval_rewards/accuracies", "reward/accuracy"} <= set(numbers)
     assert {status for *_, status in children} == {"FINISHED"}
-    assert set(curves) == {"base", "sft", "reward", "policy", "evaluate", "gate"}
+    assert set(curves) == {"base", "sft", "baseline", "reward", "policy", "evaluate", "gate"}
     assert inputs == {"tiny/demonstrations", "tiny/preferences", "tiny/prompts", "tiny/gold"}
     rewards = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
     for step in ("reward", "policy"):
@@ -112,7 +112,7 @@ def test_prefect_holds_the_tasks_by_name_and_three_artifacts(first: tuple[Path, 
     with sqlite3.connect(first[0] / "var/prefect/prefect.db") as database:
         tasks = dict(database.execute("select name, state_name from task_run"))
         artifacts = dict(database.execute("select key, type from artifact where key is not null"))
-    steps = ("data", "base", "sft", "reward", "policy", "evaluate", "gate", "registry")
+    steps = ("data", "base", "sft", "baseline", "reward", "policy", "evaluate", "gate", "registry")
     assert tasks == dict.fromkeys(steps, "Completed")
     assert artifacts == {"report": "markdown", "metrics": "table", "mlflow": "markdown"}
 
@@ -133,7 +133,7 @@ def test_nothing_changed_then_one_parameter_then_one_byte(first: tuple[Path, str
     planned = prefloop(root, "run", "recipes/tiny.yaml", "--set", "policy.dpo.trainer.beta=0.3", "--dry-run").stdout
     verdicts = dict(re.findall(r"^(\w+)\s+(reuse|run|wait)\b", planned, flags=re.MULTILINE))
     assert verdicts == {
-        **dict.fromkeys(("base", "sft", "reward"), "reuse"),
+        **dict.fromkeys(("base", "sft", "baseline", "reward"), "reuse"),
         "policy": "run",
         **dict.fromkeys(("evaluate", "gate"), "wait"),
     }
@@ -143,7 +143,7 @@ def test_nothing_changed_then_one_parameter_then_one_byte(first: tuple[Path, str
     here = prefloop(root, "run", "recipes/tiny.yaml", "--set", "policy.dpo.trainer.beta=0.3")
     told = steps_in(here.stdout)
     assert told["base"] == "reused", here.stdout + here.stderr
-    assert {told[name] for name in ("sft", "reward", "policy", "evaluate", "gate")} == {"done"}
+    assert {told[name] for name in ("sft", "baseline", "reward", "policy", "evaluate", "gate")} == {"done"}
     assert "win rate against the champion" in here.stdout
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,30 @@ def test_an_interrupted_comparison_goes_on_where_it_was(root: Path, monkeypatch:
         again.run(variant)
     before_best_of_n = told.getvalue().partition("best_of_n")[0]
     assert "done" not in before_best_of_n
-    assert before_best_of_n.count("reused") == 5
+    assert before_best_of_n.count("reused") == 6
     page = again.finish().read_text()
     assert [row["setting"] for row in again.rows] == ["β=0.5", "n=1", "n=2"]
     assert all(sentence.split(",")[0] in page for sentence in again.said)
+
+
+def test_data_is_prepared_and_the_start_asked_once_for_all(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steps import batches
+
+    prepared, told, honest = [], io.StringIO(), batches.refresh
+    monkeypatch.setattr(batches, "refresh", lambda *given: prepared.append(given) or honest(*given))
+    recipe = load(root / "recipes/tiny.yaml", ["policy.best_of_n.n=2", "evaluate.max_new_tokens=6"])
+    planned = variants(recipe, ["dpo", "best-of-n"], [0.6], 1)
+    run = ComparisonRun(recipe, planned, root, Console(file=told, width=100), {})
+    for variant in planned:
+        run.run(variant)
+    assert [row["error"] for row in run.rows] == [None, None, None]
+    assert len(prepared) == 1
+    assert re.findall(r"^(data|baseline) +(\w+)", told.getvalue(), flags=re.MULTILINE) == [
+        ("data", "checked"),
+        ("baseline", "done"),
+        ("data", "reused"),
+        ("baseline", "reused"),
+    ]
 
 
 def test_a_run_of_a_comparison_does_not_meet_the_champion_nor_register(root: Path) -> None:

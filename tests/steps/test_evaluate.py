@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,14 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from steps.baseline import read
 from steps.config import load
+from steps.evaluate import by_groups, group_metrics
 from steps.experiment import Experiment
 from steps.judges import GoldJudge
+from steps.models import load_policy, load_tokenizer
+from steps.sampling import sample
+from steps.tracking import NullTracker
 
 Run = Callable[..., tuple[dict[str, Any], Path]]
 
@@ -65,6 +71,53 @@ def test_answers_do_not_depend_on_how_often_one_looks(run: Run) -> None:
     )
     texts = ["prompt", "start", "policy", "over_start"]
     assert rounds[texts].equals(whole[texts].head(len(rounds)))
+
+
+def test_the_starts_answers_are_those_it_gives_when_it_is_asked_in_one_go(run: Run, root: Path) -> None:
+    """What the evaluation itself would draw: the same model, prompts and random numbers."""
+    settings = ["evaluate.batch_size=5", "evaluate.temperatures=[0.3]"]
+    _, folder = run(*settings)
+    _, baseline = run(*settings, name="baseline")
+    inputs = json.loads((folder / "manifest.json").read_text())["inputs"]
+    assert inputs["baseline"] == json.loads((baseline / "manifest.json").read_text())["digest"]
+    table = pd.read_parquet(folder / "completions.parquet")
+    recipe = load(root / "recipes/tiny.yaml", settings)
+    _, sft = run(*settings, name="sft")
+    base = next((root / "var/store").glob("base-*"))
+    model, tokenizer = load_policy(base, "float32", sft / "adapter"), load_tokenizer(base)
+    for temperature in (1.0, 0.3):
+        asked = list(table["prompt"])
+        drawn = sample(model, tokenizer, asked, recipe.evaluate, recipe.seed, NullTracker(), "", temperature)
+        kept = read(baseline)[temperature]
+        assert (kept.texts, kept.tokens) == (drawn.texts, drawn.tokens)
+        assert (kept.lengths == drawn.lengths).all()
+        if temperature == recipe.evaluate.temperature:
+            assert list(table["start"]) == kept.texts
+            assert list(table["start_tokens"]) == list(kept.lengths)
+
+
+def test_another_judge_and_another_policy_find_the_answers_of_the_start(run: Run) -> None:
+    _, usual = run(name="baseline")
+    for settings in (["evaluate.judge=reward"], ["evaluate.confidence=0.9"], ["policy.method=best_of_n"]):
+        assert run(*settings, name="baseline")[1] == usual
+    for settings in (["evaluate.temperature=0.5"], ["evaluate.prompts=15"], ["seed=4"]):
+        assert run(*settings, name="baseline")[1] != usual
+
+
+def test_win_rates_by_label_are_corrected_for_their_number() -> None:
+    """20 of 20 has p = 2 · 2⁻²⁰, 12 of 20 p = 0.503; three rare prompts stand together; times 3 for the least."""
+    over = pd.Series([1.0] * 20 + [1.0] * 12 + [0.0] * 8 + [1.0, 0.0, np.nan])
+    asked = pd.DataFrame({"prompt": range(50), "source": ["a"] * 20 + ["b"] * 20 + ["c", "d", "e", *["f"] * 7]})
+    (a, b, rest) = by_groups(over, asked.assign(topic="one"), 0.95)["win_rate_by"]
+    assert [(group["by"], group["group"], group["win_rate"]) for group in (a, b, rest)] == [
+        ("source", "a", 1.0),
+        ("source", "b", 0.6),
+        ("source", "other", 0.5),
+    ]
+    assert a["win_rate_p_value"] == pytest.approx(3 * 2 * 0.5**20)
+    assert rest["win_rate_wins"] + rest["win_rate_losses"] == 2
+    assert group_metrics([{**a, "group": "a // b"}]) == {"win_rate_by_source/a_b": 1.0}
+    assert by_groups(over, asked[["prompt"]], 0.95) == {}
 
 
 def test_an_evaluation_that_may_end_early_does_once_it_is_decided(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

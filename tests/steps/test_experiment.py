@@ -20,7 +20,7 @@ def manifests(root: Path) -> dict[str, dict]:
 
 
 def test_every_step_leaves_one_whole_artifact(finished: Path) -> None:
-    assert set(manifests(finished)) == {"base", "sft", "reward", "policy", "evaluate", "gate"}
+    assert set(manifests(finished)) == {"base", "sft", "baseline", "reward", "policy", "evaluate", "gate"}
     assert not list((finished / "var/store").glob("*.partial"))
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from steps.config import DPO, SECTIONS, Recipe, load, parse, read_yaml, section
+from steps.config import DPO, SECTIONS, Recipe, keyed, load, parse, read_yaml, section
 from steps.errors import RecipeError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -65,6 +65,35 @@ def test_every_section_name_is_rebuilt_from_plain_values() -> None:
 
 
 # -- several ways to be wrong ------------------------------------------------------------------------------------
+
+
+def test_what_decides_no_verdict_is_in_no_key() -> None:
+    llm = "llm: {base_url: http://localhost/v1, model: %s, price_per_million_input: 1, %s}"
+    plain = "name: a\nmodel: {base: tiny}\nevaluate: {judge: llm, " + llm + "}\n"
+
+    def key_of(model: str, more: str) -> object:
+        return keyed("evaluate", recipe(plain % (model, more)).evaluate.model_dump(mode="json"))
+
+    usual = key_of("m", "attempts: 4")
+    for setting in ("budget: 3", "timeout: 5", "max_concurrent: 9", "attempts: 1", "key_variable: KEY"):
+        assert key_of("m", setting) == usual, setting
+    for model, setting in (("other", ""), ("m", "max_tokens: 99"), ("m", "instructions: be kind")):
+        assert key_of(model, setting) != usual, setting
+
+
+@pytest.mark.parametrize("name", sorted(SECTIONS))
+def test_all_else_of_a_section_is_keyed(name: str) -> None:
+    value = (recipe(MINIMAL).gate if name == "gate" else SECTIONS[name]()).model_dump(mode="json")
+    assert keyed(name, value) == value
+    assert keyed("dtype", "float32") == "float32"
+
+
+def test_how_answers_are_drawn_does_not_depend_on_who_judges_them() -> None:
+    one = recipe(MINIMAL + "evaluate: {judge: reward, confidence: 0.9, prompts: 7, temperatures: [0.1]}").evaluate
+    two = recipe(MINIMAL + "evaluate: {judge: gold, rouge: true, prompts: 7, temperatures: [0.1]}").evaluate
+    assert one.sampling == two.sampling
+    assert one.sampling.prompts == 7
+    assert one.sampling != recipe(MINIMAL + "evaluate: {temperature: 0.5, prompts: 7}").evaluate.sampling
 
 
 def test_an_unknown_key_gets_its_dotted_path_and_a_suggestion() -> None:

@@ -61,6 +61,15 @@ def patient(*, seed, out, tracker):
     while not stop_requested():
         time.sleep(0.02)
     raise Interrupted("stopped on request", then="run again")
+
+
+def deaf(*, seed, out, tracker):
+    import subprocess
+    helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (out / "begun").write_text(f"{os.getpid()} {helper.pid}")
+    print("hanging", flush=True)
+    while True:
+        time.sleep(0.02)
 """
 
 
@@ -144,6 +153,44 @@ def test_a_step_that_leaves_without_a_word_is_told_with_its_status(partial: Path
     assert type(error) is StepFailed
     assert "ended with status 3" in str(error)
     assert "goodbye" in str(error)
+
+
+# -- a step that takes too long ----------------------------------------------------------------------------------
+
+
+def timed_out(partial: Path, name: str, seconds: float) -> StepFailed:
+    work = Process(timeout=seconds)
+    with pytest.raises(StepFailed) as caught:
+        work(asked(partial, name))
+    work.close()
+    return caught.value
+
+
+def test_a_step_out_of_time_is_asked_to_checkpoint_and_end(partial: Path) -> None:
+    error = timed_out(partial, "patient", 1.0)
+    assert type(error) is StepFailed  # not Interrupted, which nobody asked for, nor StepKilled, which is tried again
+    assert str(error).startswith("the step took longer than the 1 s it may, and its process was ended")
+    assert "goes on at its newest checkpoint" in error.then
+    assert "launch.timeout" in error.then
+    assert not psutil.pid_exists(int((partial / "begun").read_text()))
+    written = json.loads((partial / "error.json").read_text())
+    assert written["what"] == "stopped on request"  # it had the time to say so
+
+
+def test_a_hanging_step_is_killed_with_what_it_started(partial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "GRACE", 0.3)
+    error = timed_out(partial, "deaf", 2.0)
+    assert "longer than the 2 s" in str(error)
+    assert "hanging" in error.have
+    for pid in map(int, (partial / "begun").read_text().split()):
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_step_within_its_time_is_left_alone(partial: Path) -> None:
+    work = Process(timeout=600)
+    work(asked(partial, "well"))
+    work.close()
+    assert (partial / "facts.json").is_file()
 
 
 def test_an_error_of_an_earlier_try_is_not_taken_for_that_of_this_one(

@@ -55,6 +55,25 @@ def said(policy: dict[str, Any] | None = None, **evaluate: Any) -> str:
     return "\n".join(findings({"evaluate": {**EVALUATE, **evaluate}, "policy": {**POLICY, **(policy or {})}}))
 
 
+def test_the_baseline_has_a_line_of_its_own() -> None:
+    line = headline("baseline", {"prompts": 200, "tokens": 23.44})
+    assert line == "the start answered 200 held-out prompts, 23.4 tokens on average"
+
+
+def test_win_rates_by_source_are_told_with_what_is_sure_of_them() -> None:
+    counts = {"win_rate_wins": 20, "win_rate_ties": 1, "win_rate_losses": 3}
+    bounds = {"win_rate_low": 0.6, "win_rate_high": 0.9}
+    groups = [
+        {"by": "source", "group": name, "win_rate": 0.85, "win_rate_p_value": p, **counts, **bounds}
+        for name, p in (("help_ful`*", 0.01), ("other", 0.6))
+    ]
+    told = said(win_rate_by=groups)
+    assert "Win rate by source: `help_ful'*` 85.0% (60.0% to 90.0%, 24 prompts), `other`" in told
+    assert "With 2 groups looked at, `help_ful'*` (85.0%) differs from ½ at 5 % (Holm's correction)." in told
+    assert "none differs" in said(win_rate_by=groups[1:])
+    assert "Win rate by" not in said()
+
+
 def rows() -> list[tuple[str, str, str, str]]:
     outcomes = {
         name: SimpleNamespace(

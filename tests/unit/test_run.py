@@ -85,6 +85,17 @@ def test_the_key_changes_with_the_code_and_the_libraries(monkeypatch: pytest.Mon
     assert len(keys) == 3
 
 
+def test_a_judges_budget_is_passed_on_and_in_no_key() -> None:
+    """What only decides whether a step ends is no other step; the judge's model is."""
+
+    def judged(**llm: Any) -> StepSpec:
+        return spec_of(config={"evaluate": {"judge": "llm", "llm": {"model": "m", **llm}}})
+
+    assert judged(budget=5.0, attempts=9).key == judged(budget=1.0).key == judged().key
+    assert judged(model="other").key != judged().key
+    assert judged(budget=5.0).to_json()["config"]["evaluate"]["llm"]["budget"] == 5.0
+
+
 def test_the_order_of_configuration_and_inputs_does_not_matter() -> None:
     one, two = Input(Path("/1"), A), Input(Path("/2"), B)
     forwards = spec_of(config={"a": 1, "b": 2}, inputs={"x": one, "y": two})

@@ -383,7 +383,38 @@ def test_the_prompts_are_those_held_out(kind: str) -> None:
     assert tables["prompts"]["prompt"].is_unique
     asked = set(rows.loc[rows["kind"] == "prompt", "prompt"])
     assert set(tables["prompts"]["prompt"]) == set(pairs[pairs["part"] == "held_out"]["prompt"]) | asked
-    assert list(tables["prompts"]) == ["prompt"]
+    assert list(tables["prompts"]) == ["prompt", "source"]
+
+
+def test_a_prompt_knows_its_source_and_topic_by_the_first_record_that_has_it() -> None:
+    """Whatever the order of the rows: the first in files and lines says it."""
+    rows = canonical(
+        [
+            {"kind": "prompt", "prompt": prompt, "source": source, "file": f"{source}.jsonl"}
+            for source in ("b", "a")
+            for prompt in ("in both", f"in {source}")
+        ]
+    ).assign(topic=["two", None, "one", None])
+    for order in (rows, rows.iloc[::-1]):
+        prompts = split(order, preferences_entry())["prompts"].set_index("prompt")
+        assert prompts["source"].to_dict() == {"in both": "a", "in a": "a", "in b": "b"}
+        assert prompts["topic"].dropna().to_dict() == {"in both": "one"}
+
+
+def test_topics_pass_all_stages_where_the_registry_names_their_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = [{"kind": "rhyme"}, {"kind": ["a", "b"]}, {"kind": 7}, {}]
+    records = [{"prompt": f"question {number}", **kind} for number, kind in enumerate(kinds)]
+    settings = {"format": "prompts", "source": {"files": {"mine": "p.jsonl"}}, "columns": {"topic": "kind"}}
+    tiny.validated({"p.jsonl": records}, tmp_path / "data/mine", **settings)
+    (tmp_path / "data/datasets.yaml").write_text(json.dumps({"datasets": {"mine": settings}}))
+    monkeypatch.chdir(tmp_path)
+    main("mine")
+    prompts = pd.read_parquet(tmp_path / "data/mine/prompts.parquet").set_index("prompt")
+    assert set(prompts["source"]) == {"mine"}
+    told = prompts["topic"].dropna().to_dict()
+    assert told == {"question 0": "rhyme", "question 1": "a\nb", "question 2": "7"}
 
 
 def test_every_pair_of_a_preference_file_lands_in_one_part() -> None:
