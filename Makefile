@@ -20,8 +20,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m steps.ui # creates the databases of MLflow and Prefect
 	@touch $(READY)
 
+# Two at a time: most of a test is one thread, or waiting. A file stays together, and what it sets up.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 faults: setup
 	$(BIN)/python -m pytest tests/faults --every-fault

@@ -16,6 +16,7 @@ import typer
 
 from flows import housekeeping, lineage, models, reproduce, serve
 from flows.blind import app as blind
+from flows.command import Assignments, RecipePath, as_given, environment
 from flows.data import app as data
 
 app = typer.Typer(
@@ -27,12 +28,6 @@ app = typer.Typer(
 )
 app.add_typer(data, name="data")
 app.add_typer(blind, name="compare-blind")
-
-RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as recipes/reviews.yaml.", metavar="RECIPE")]
-Assignments = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a value of the recipe; repeatable.")
-]
-
 
 def main() -> None:
     """Run the command line; a known error becomes a message and status 1."""
@@ -102,10 +97,10 @@ def run(
     if dry_run:
         _show_plan(loaded, root)
         return
-    _environment(Var(root))
+    environment(Var(root))
     from flows.train import train
 
-    command = _as_given(recipe, assignments)
+    command = as_given(recipe, assignments)
     train(recipe=loaded, command=command, root=str(root))
 
 
@@ -130,10 +125,10 @@ def compare(
     usual, named = strengths(betas), [name.strip() for name in methods.split(",") if name.strip()]
     variants(loaded, named, usual, seeds)  # says what is wrong before anything starts
     root = project_root()
-    _environment(Var(root))
+    environment(Var(root))
     from flows.compare import compare as compare_flow
 
-    command = _as_given(recipe, assignments)
+    command = as_given(recipe, assignments)
     compare_flow(loaded, named, usual, seeds, command=command, root=str(root))
 
 
@@ -156,8 +151,8 @@ def step(
     if name not in Recipe.STEPS:
         raise RecipeError(f"there is no step '{name}'", have=did_you_mean(name, Recipe.STEPS))
     root = project_root()
-    _environment(Var(root))
-    command = _as_given(recipe, assignments)
+    environment(Var(root))
+    command = as_given(recipe, assignments)
     loaded = load(recipe, assignments or ())
     experiment = Experiment(loaded, root, Console(highlight=False), {"prefloop.command": command})
     experiment.prepare_data()
@@ -230,11 +225,6 @@ serve.mount(app)
 housekeeping.mount(app)
 
 
-def _as_given(recipe: Path, assignments: list[str] | None) -> str:
-    """A recipe and its changes, as they are written on a command line."""
-    return shlex.join([str(recipe), *(part for a in assignments or () for part in ("--set", a))])
-
-
 def _show_plan(recipe, root: Path) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -248,19 +238,6 @@ def _show_plan(recipe, root: Path) -> None:
     for plan in Experiment(recipe, root, console).plan():
         table.add_row(plan.step, plan.what, plan.key, plan.because)
     console.print(table)
-
-
-def _environment(var) -> None:
-    """Settings that libraries read on import, before anything imports them."""
-    from steps.launch import thread_environment
-    from steps.tracking import quiet_environment
-    from steps.ui import prefect_environment, running
-
-    os.environ.update(prefect_environment(var))
-    os.environ.update(thread_environment(None))
-    quiet_environment()
-    if "PREFECT_API_URL" not in os.environ and (address := running(var).get("prefect")):
-        os.environ["PREFECT_API_URL"] = f"{address}/api"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -140,6 +140,7 @@ def forget(
     with out.status(f"{name}      ingest → validate → split"):
         done = forget.forget(name, rows, root, because)
     print_forgotten(out, done, forget.remains(name, done.places, root))
+    _tell(name, root, {"forgotten": rows})
 
 
 @app.command()
@@ -159,12 +160,18 @@ def fetch(
 
 
 def _announce(added: Addition, root: Path) -> None:
+    """Let deployments know what was added, if anything was."""
+    if added.records:
+        batches = [record["file"] for record in added.records]
+        _tell(added.name, root, {"batches": batches, "rows": added.after.counts.get("valid", 0)})
+
+
+def _tell(name: str, root: Path, payload: dict[str, Any]) -> None:
     """Let deployments know that a version landed, where a Prefect server runs."""
     from flows.announce import landed
 
-    payload = {"batches": [record["file"] for record in added.records], "rows": added.after.counts.get("valid", 0)}
-    if added.records and (server := landed(added.name, root, payload)):
-        typer.echo(f"told {server}; what waits for '{added.name}' starts once no more data come")
+    if server := landed(name, root, payload):
+        typer.echo(f"told {server}; what waits for '{name}' starts once no more data come")
 
 
 def _parted(version: str, root: Path) -> tuple[str, str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
 import typer
+
+from flows.command import environment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,6 +53,14 @@ def gc(
             console.print(said, soft_wrap=True)
 
 
+def crash_dead_flows(var: Var, sender: Forwarder) -> None:
+    """Tell Prefect, from within a flow, of earlier ones whose process is gone."""
+    from steps.dead_runs import dead_flows
+
+    if zombies := dead_flows(var, SETTLED):
+        crash_zombies(var, sender, zombies)
+
+
 def crash_zombies(var: Var, sender: Forwarder, zombies: dict[str, list[Path]], client: Any = None) -> list[str]:
     """Tell Prefect of flow runs whose process is gone; what came of each, in words.
 
@@ -60,7 +69,7 @@ def crash_zombies(var: Var, sender: Forwarder, zombies: dict[str, list[Path]], c
         client: Prefect's synchronous client; of the server in use, or one started for this, when not given.
     """
     if client is None:
-        _environment(var)
+        environment(var)
         from prefect.client.orchestration import get_client
 
         with get_client(sync_client=True) as client:
@@ -88,14 +97,6 @@ def _crash(flow: str, folders: list[Path], client: Any, sender: Forwarder) -> st
         append(folder, "tags", values={SETTLED: name})
         sender.forward(folder)
     return f"Prefect's flow run {flow}, of {folders[0].name}: {name}"
-
-
-def _environment(var: Var) -> None:
-    from steps.ui import prefect_environment, running
-
-    os.environ.update(prefect_environment(var))
-    if "PREFECT_API_URL" not in os.environ and (address := running(var).get("prefect")):
-        os.environ["PREFECT_API_URL"] = f"{address}/api"
 
 
 def _print(

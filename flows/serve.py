@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from flows.command import Assignments, RecipePath, as_given, environment
+
 if TYPE_CHECKING:
     from prefect.automations import Automation
     from prefect.deployments.runner import RunnerDeployment
@@ -19,10 +21,6 @@ if TYPE_CHECKING:
     from steps.config import Recipe
     from steps.paths import Var
 
-RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as recipes/reviews.yaml.", metavar="RECIPE")]
-Assignments = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a value of the recipe; repeatable.")
-]
 NewRecipeCounts = Annotated[
     bool, typer.Option("--new-recipe-counts", help="Train also where the data were tried, but not with this recipe.")
 ]
@@ -37,15 +35,14 @@ def retrain(
     new_recipe_counts: NewRecipeCounts = False,
 ) -> None:
     """Train if the data are new, and promote the model if it is better than the champion."""
-    from flows.cli import _as_given, _environment
     from steps.config import load
     from steps.paths import Var, project_root
 
     loaded, root = load(recipe, assignments or ()), project_root()
-    _environment(Var(root))
+    environment(Var(root))
     from flows.retrain import retrain as retrain_flow
 
-    command = _as_given(recipe, assignments)
+    command = as_given(recipe, assignments)
     retrain_flow(loaded, force=force, new_recipe_counts=new_recipe_counts, command=command, root=str(root))
 
 
@@ -61,18 +58,17 @@ def serve(
     new_recipe_counts: NewRecipeCounts = False,
 ) -> None:
     """Retrain by a clock and when `prefloop data add` brought something; Ctrl-C ends it."""
-    from flows.cli import _as_given, _environment
     from steps.config import load
     from steps.paths import Var, project_root
 
     loaded, root = load(recipe, assignments or ()), project_root()
-    _environment(Var(root))
+    environment(Var(root))
     schedule = {"cron": cron, "interval": interval, "rrule": rrule}
     with server(Var(root)) as address:
         from prefect.exceptions import TerminationSignal
         from prefect.runner import Runner
 
-        parameters = {"new_recipe_counts": new_recipe_counts, "command": _as_given(recipe, assignments)}
+        parameters = {"new_recipe_counts": new_recipe_counts, "command": as_given(recipe, assignments)}
         runner = Runner()
         runner.add_deployment(deployment(loaded, root, schedule, quiet, parameters))
         keep(zombies())

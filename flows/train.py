@@ -10,6 +10,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from prefect.cache_policies import NO_CACHE
 from rich.console import Console
 
+from flows.housekeeping import crash_dead_flows
 from steps.config import Recipe
 from steps.errors import StepKilled
 from steps.experiment import Experiment
@@ -65,6 +66,7 @@ def register(experiment: Experiment) -> str:
 
 def run_steps(experiment: Experiment) -> str:
     """The pipeline; returns the model version's address."""
+    crash_dead_flows(experiment.var, experiment.forwarder)
     experiment.send_what_waits()
     for step in (prepare_data, base, sft, baseline, reward, policy, evaluate, gate):
         step(experiment)

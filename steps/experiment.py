@@ -304,7 +304,9 @@ class Experiment:
         if not outcome.reused:
             drawn = tracking.curves(artifact.path)
             numbers = {name: value for name, value in artifact.facts.items() if is_number(value) and name not in drawn}
-            tracking.append(artifact.path, "metrics", step=0, values={**numbers, "seconds": artifact.seconds})
+            spent = {"seconds": artifact.seconds, "cpu_seconds": artifact.cpu_seconds}
+            numbers |= {what: value for what, value in spent.items() if value is not None}
+            tracking.append(artifact.path, "metrics", step=0, values=numbers)
             for file in (MANIFEST, CHART):
                 tracking.append(artifact.path, "artifact", path=file)
             tracking.append(artifact.path, "end", status="FINISHED")

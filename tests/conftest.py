@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from steps.launch import thread_environment
 
-os.environ.update(thread_environment(2))
+os.environ.update(thread_environment(1 if "PYTEST_XDIST_WORKER" in os.environ else 2))
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFLOOP_ROOT"):
     os.environ.pop(name, None)
