@@ -29,6 +29,7 @@ app = typer.Typer(
 app.add_typer(data, name="data")
 app.add_typer(blind, name="compare-blind")
 
+
 def main() -> None:
     """Run the command line; a known error becomes a message and status 1."""
     from steps.errors import Interrupted, PrefloopError
@@ -41,7 +42,9 @@ def main() -> None:
         sys.exit(_complain(error, 130))
     except PrefloopError as error:
         sys.exit(_complain(error, 1))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 130:  # what Typer makes of an interrupt
+            raise
         again = shlex.join(["prefloop", *sys.argv[1:]])
         typer.echo(f"\nstopped; nothing is lost\n  next  `{again}` goes on at the newest checkpoint", err=True)
         sys.exit(130)

@@ -287,7 +287,7 @@ def _next_change(client: MlflowClient, name: str, time: datetime) -> str:
     """A tag for a change of champion that sorts behind those before it, though the clock may have been put back."""
     last = max((tag for tag in client.get_registered_model(name).tags if tag.startswith(AUDIT)), default="")
     tag = f"{AUDIT}{time:%Y%m%dT%H%M%S%f}"
-    return tag if tag > last else f"{last}+"
+    return tag if tag > last else f"{last}."
 
 
 def _holder(client: MlflowClient, name: str, alias: str) -> str | None:

@@ -258,6 +258,8 @@ class Forwarder:
                 _create_database(self.uri)
             from mlflow import MlflowClient
 
+            # It would log a whole stack for what `problem` says in a line.
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
             self._client = MlflowClient(self.uri, registry_uri=self.uri)
         return self._client
 

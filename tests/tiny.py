@@ -20,8 +20,13 @@ BAD = ("bad", "cold", "dull", "grim", "rude")
 TOPICS = ("rain", "bread", "trains", "music", "paint", "chess", "rivers", "lamps", "boats", "gardens")
 
 
-def make_base(folder: Path) -> Path:
-    """A two-layer llama over bytes, with its tokenizer, saved as safetensors."""
+def make_base(folder: Path, width: int = 16, spread: float = 0.02) -> Path:
+    """A two-layer llama over bytes, with its tokenizer, saved as safetensors.
+
+    Args:
+        width: of its hidden states. With sixteen numbers to a byte, no adapter makes some bytes much likelier.
+        spread: of its random weights.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -34,8 +39,9 @@ def make_base(folder: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=24,
+        initializer_range=spread,
+        hidden_size=width,
+        intermediate_size=width * 3 // 2,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,

@@ -25,11 +25,11 @@ from typing import Any
 
 import psutil
 
-PATIENCE = 300  # seconds; what is waited for takes a few on an idle machine, and an import alone a minute on a busy one
+PATIENCE = 900  # seconds; what is waited for takes a few on an idle machine, and a hundred times as many on a busy one
 BECOME_REAPER = 36  # Linux: PR_SET_CHILD_SUBREAPER
 AHEAD = (
     *("flows.train", "flows.cli", "mlflow", "steps.charts", "steps.tracking", "steps.registry", "steps.worker"),
-    *(f"steps.{step}" for step in ("base", "sft", "reward", "dpo", "ppo", "evaluate", "gate")),
+    *(f"steps.{step}" for step in ("base", "sft", "reward", "baseline", "dpo", "ppo", "evaluate", "gate")),
 )
 
 
@@ -38,7 +38,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
+        time.sleep(0.05)
     return found
 
 
@@ -59,6 +59,11 @@ class Command:
         wait_for(lambda: self.poll() is not None, seconds)
         assert self.returncode is not None
         return self.returncode
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        """Wait for a moment in the command's life."""
+        wait_for(lambda: condition() or self.poll() is not None)
+        assert condition() or self.returncode is None, self.said()
 
     def said(self) -> str:
         return self.output.read_text(errors="replace")
@@ -156,7 +161,7 @@ def serve() -> bool:
     running: dict[int, Path] = {}
     waiting = b""
     while True:
-        ready = select.select([0], [], [], 0.02)[0]
+        ready = select.select([0], [], [], 0.05)[0]
         reap(running)
         if not ready:
             continue

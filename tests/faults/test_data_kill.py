@@ -23,11 +23,6 @@ from steps import versions
 LAST_TABLE = {"ingest": "rows", "validate": "quarantine", "split": "preferences"}
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_data.make_project(tmp_path_factory.mktemp("prepared") / "project")
-
-
 @pytest.fixture
 def project(prepared: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / "project", symlinks=True))
