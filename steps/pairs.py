@@ -14,24 +14,22 @@ from steps.training import even_batches
 COLUMNS = ["prompt", "chosen", "rejected"]
 
 
-def training_and_held_out(preferences: Path, config: Pairs) -> tuple[Dataset, Dataset, int]:
-    """Training pairs as the recipe asks for them, held-out pairs whatever they are, and the batch for the latter.
+def fitting_pairs(preferences: Path, config: Pairs) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """All training pairs that are as the recipe asks for them, and all held-out pairs, whatever they are.
 
-    Held-out pairs are cut to full batches. Both are sorted by length, which saves padding and changes no mean; the
-    order of training is the sampler's.
+    Returns:
+        either with all columns of the table and `length`, the characters of the longer answer.
 
     Raises:
-        DataError: nothing is left to train on.
+        DataError: nothing is left to train on, or nothing is held out.
     """
     table = pd.read_parquet(preferences)
     table["length"] = table[["chosen", "rejected"]].map(len).max(axis=1)
     fit = (table["part"] == "train") & ~(table["margin"] < config.min_margin)  # a pair without a margin fits
     if config.max_chars is not None:
         fit &= table["length"] <= config.max_chars
-    train = table[fit].head(config.pairs)
     held_out = _held_out(table, preferences)
-    count, batch = even_batches(min(config.held_out, len(held_out)))
-    if train.empty:
+    if not fit.any():
         bound = f" and answers of at most {config.max_chars} characters" if config.max_chars else ""
         raise DataError(
             "no training pair is left",
@@ -39,7 +37,26 @@ def training_and_held_out(preferences: Path, config: Pairs) -> tuple[Dataset, Da
             have=f"none with a margin of {config.min_margin} or more{bound}",
             then="lower min_margin or raise max_chars in the recipe",
         )
-    return _dataset(train), _dataset(held_out.head(count)), batch
+    return table[fit], held_out
+
+
+def first_pairs(train: pd.DataFrame, held_out: pd.DataFrame, config: Pairs) -> tuple[pd.DataFrame, pd.DataFrame, int]:
+    """As many pairs as the recipe asks for, those held out cut to full batches, and the batch for the latter.
+
+    Both are sorted by length, which saves padding and changes no mean; the order of training is the sampler's.
+    """
+    count, batch = even_batches(min(config.held_out, len(held_out)))
+    return _by_length(train.head(config.pairs)), _by_length(held_out.head(count)), batch
+
+
+def training_and_held_out(preferences: Path, config: Pairs) -> tuple[Dataset, Dataset, int]:
+    """Training pairs as the recipe asks for them, held-out pairs whatever they are, and the batch for the latter.
+
+    Raises:
+        DataError: nothing is left to train on.
+    """
+    train, held_out, batch = first_pairs(*fitting_pairs(preferences, config), config)
+    return _dataset(train), _dataset(held_out), batch
 
 
 def held_out_pairs(preferences: Path, count: int) -> pd.DataFrame:
@@ -58,5 +75,9 @@ def _held_out(table: pd.DataFrame, where: Path) -> pd.DataFrame:
     return pairs
 
 
+def _by_length(pairs: pd.DataFrame) -> pd.DataFrame:
+    return pairs.sort_values("length", kind="stable")
+
+
 def _dataset(pairs: pd.DataFrame) -> Dataset:
-    return Dataset.from_pandas(pairs.sort_values("length", kind="stable")[COLUMNS], preserve_index=False)
+    return Dataset.from_pandas(pairs[COLUMNS], preserve_index=False)

@@ -5,7 +5,8 @@ the order of the rows does not matter:
 
 - `demonstrations` (prompt, completion): what SFT imitates.
 - `preferences` (prompt, chosen, rejected, margin, agreement, part): `train` for the reward model and the policy,
-  `held_out` to measure both.
+  `held_out` to measure both. Where a record ranks several answers the table also says `group`, what was ranked
+  together, and `chosen_rank` and `rejected_rank`, 1 the best: so that ties, which make no pair, can be told.
 - `prompts` (prompt, source and, where records have one, topic): the held-out prompts, for sampling.
 - `gold` (answer, score): human ratings for the judge; no other step learns from them.
 
@@ -38,6 +39,8 @@ COLUMNS = ["row_id", "kind", "prompt", "chosen", "rejected", "tie", "margin", "a
 COLUMNS += ["source", "file", "line", "part"]
 LABELS = ("source", "topic")  # what win rates are told by; `topic` where the registry names a field for it
 PAIR = ["prompt", "chosen", "rejected", "margin", "agreement", "chosen_id", "rejected_id"]
+RANKS = ["group", "chosen_rank", "rejected_rank"]
+RANKED = ("comparisons", "rankings", "scored")  # formats whose records say more than which of two answers is better
 _WORD = re.compile(r"[a-z]{4,}")
 
 
@@ -144,7 +147,10 @@ def split(rows: pd.DataFrame, entry: Dataset) -> dict[str, pd.DataFrame]:
     rows = rows.sort_values(["row_id", "file", "line", "part"], kind="stable").reset_index(drop=True)
     if entry.format == "rated_sentences":
         rows = rows.assign(prompt=_topic_prompts(rows, entry.prompt or ""))
-    parts = _without_leaks(_dealt(rows, entry.split))
+    parts = _dealt(rows, entry.split)
+    if entry.format in RANKED:
+        parts |= {name: with_ranks(parts[name], rows) for name in USES}
+    parts = _without_leaks(parts)
     seed = entry.split.seed
     for name in ("demonstrations", "gold"):
         parts[name] = _in_hash_order(parts[name], seed).reset_index(drop=True)
@@ -251,6 +257,48 @@ def _preferences(
     said = said.assign(agreement=np.nan, rejected_id=said["chosen_id"])[PAIR]
     made = pairs_of(rows[rated & ours], uses, seed)
     return pd.concat([frame for frame in (said, made) if len(frame)], ignore_index=True) if len(made) else said
+
+
+def with_ranks(pairs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Pairs with what was ranked together and where either side came in.
+
+    A rank is 1 plus the number of answers that were preferred to it, so that answers that tied have the same one. It is
+    missing where some two answers of a record have no valid verdict: not known is no tie.
+
+    Args:
+        pairs: of one part, with `chosen_id`.
+        rows: all canonical rows, ties among them.
+
+    Returns:
+        the pairs with `group` (the least row id of the record or, of rated answers, of the prompt), `chosen_rank` and
+        `rejected_rank`.
+    """
+    rows = rows[rows["kind"].isin(["pair", "rated"])]
+    place = rows["file"].astype(str) + "\x1f" + rows["line"].astype(str)
+    together = place.where(rows["kind"] == "pair", rows["prompt"])
+    rows = rows.assign(group=rows.groupby(together)["row_id"].transform("min"))
+    ranks = _ranks(rows)
+    groups = rows.drop_duplicates("row_id").set_index("row_id")["group"]
+    pairs = pairs.assign(group=pairs["chosen_id"].map(groups))
+    for side in ("chosen", "rejected"):
+        found = [ranks.get(key) for key in zip(pairs["group"], pairs[side], strict=True)]
+        pairs[f"{side}_rank"] = pd.array(found, dtype="Int64")
+    return pairs[[*PAIR, *RANKS]]
+
+
+def _ranks(rows: pd.DataFrame) -> dict[tuple[str, str], int]:
+    """(group, answer) → its rank, from verdicts on every two answers or from ratings."""
+    ranks: dict[tuple[str, str], int] = {}
+    for group, said in rows[rows["kind"] == "pair"].groupby("group"):
+        sides = list(zip(said["chosen"], said["rejected"], said["tie"].fillna(False), strict=True))
+        answers = {answer for *both, _ in sides for answer in both}
+        if len({frozenset(both) for *both, _ in sides}) < len(answers) * (len(answers) - 1) // 2:
+            continue
+        above = Counter(worse for _, worse in {(better, worse) for better, worse, tie in sides if not tie})
+        ranks |= {(group, answer): above[answer] + 1 for answer in answers}
+    rated = rows[rows["kind"] == "rated"].groupby(["group", "answer"])["score"].mean()
+    placed = rated.groupby(level="group").rank(method="min", ascending=False)
+    return ranks | {key: int(rank) for key, rank in placed.items()}
 
 
 def _gold(rows: pd.DataFrame, pairs: pd.Series, rated: pd.Series) -> pd.DataFrame:

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from steps.evaluate import reward_scores
 from steps.models import load_reward_model, load_tokenizer
 from steps.reward import scrutiny
+from steps.reward_model import reward_scores
 
 
 @pytest.fixture(scope="module")
