@@ -24,7 +24,7 @@ def as_given(recipe: Path, assignments: list[str] | None) -> str:
 
 
 def environment(var: Var) -> None:
-    """Settings that libraries read on import, before anything imports them; the project's Prefect server, if it runs."""
+    """Settings that libraries read on import, before anything imports them, and where the Prefect server is."""
     from steps.launch import thread_environment
     from steps.tracking import quiet_environment
     from steps.ui import prefect_environment, running

@@ -14,15 +14,22 @@ import pandas as pd
 from steps.config import Recipe, assigned
 from steps.errors import RecipeError, did_you_mean
 from steps.statistics import holm, pooled, sign_test
+from steps.trainer_fields import REFERENCE_FREE
 
 # Where each method keeps how strongly it is held to its start; a method without one makes one run a seed.
 STRENGTH: dict[str, str | None] = {
-    "dpo": "policy.dpo.trainer.beta",
+    **{method: f"policy.{method}.trainer.beta" for method in ("dpo", "ipo", "cdpo", "robust", "rso", "kto")},
+    **{method: f"policy.{method}.beta" for method in ("simpo", "cpo", "orpo")},
+    **{method: f"policy.{method}.lam" for method in ("slic", "slic_sample_rank")},
     "ppo": "policy.ppo.kl.coefficient",
     "rloo": "policy.rloo.trainer.beta",
     "grpo": "policy.grpo.trainer.beta",
+    "chain_of_hindsight": None,
     "best_of_n": None,
 }
+# Methods without a reference: their strength is on a scale of its own, so the numbers all others share pass them by.
+OWN_SCALE = REFERENCE_FREE
+SYMBOLS = {"slic": "λ", "slic_sample_rank": "λ"}  # of a strength; β unless said
 
 
 @dataclass(frozen=True)
@@ -36,16 +43,22 @@ class Variant:
 
     @property
     def name(self) -> str:
-        strength = "" if self.beta is None else f" β={self.beta:g}"
-        return f"{self.method}{strength} seed {self.seed}"
+        return " ".join(filter(None, (self.method, self.setting, f"seed {self.seed}")))
+
+    @property
+    def setting(self) -> str:
+        """The strength under its symbol."""
+        return "" if self.beta is None else f"{SYMBOLS.get(self.method, 'β')}={self.beta:g}"
 
 
 def variants(recipe: Recipe, methods: Sequence[str], betas: Sequence[float], seeds: int) -> list[Variant]:
     """Every method at every strength with every seed, the first seed of all first.
 
     Args:
-        methods: names of `policy.method`, `best-of-n` among them; `ppo@0.05` gives a method a strength of its own.
-        betas: weight of the distance to the start, by each method's own name.
+        methods: names of `policy.method`, `best-of-n` among them; `ppo@0.05` gives a method a strength of its own, and
+            `dpo:apo_zero` or `dpo:sigmoid+sft` is DPO with another of TRL's losses, or their sum.
+        betas: weight of the distance to the start, by each method's own name; not for methods in `OWN_SCALE`, which
+            keep the recipe's.
         seeds: how many, counted from the recipe's.
 
     Raises:
@@ -54,17 +67,46 @@ def variants(recipe: Recipe, methods: Sequence[str], betas: Sequence[float], see
     found = []
     for number, named in itertools.product(range(seeds), methods):
         name, _, own = named.partition("@")
-        method = name.replace("-", "_")
-        if method not in STRENGTH:
-            raise RecipeError(f"there is no method '{name}'", where="--methods", have=did_you_mean(method, STRENGTH))
-        path = STRENGTH[method]
-        for beta in strengths(own, betas) if path else (None,):
-            seed = recipe.seed + number
-            changes: dict[str, Any] = {"policy.method": method, "seed": seed}
-            if path:
-                changes[path] = beta
-            found.append(Variant(method, beta, seed, assigned(recipe, changes)))
+        label = name.replace("-", "_")
+        method, _, losses = label.partition(":")
+        path = _strength_of(method, losses)
+        seed = recipe.seed + number
+        changes: dict[str, Any] = {"policy.method": method, "seed": seed}
+        if losses:
+            changes |= {f"policy.dpo.trainer.{name}": value for name, value in _losses(losses).items()}
+        usual: Sequence[float] = betas
+        if path and method in OWN_SCALE:
+            usual = (_value_at(recipe, path),)
+        for beta in strengths(own, usual) if path else (None,):
+            found.append(Variant(label, beta, seed, assigned(recipe, changes | ({path: beta} if path else {}))))
     return found
+
+
+def _strength_of(method: str, losses: str) -> str | None:
+    """Where a method keeps its strength.
+
+    Raises:
+        RecipeError: there is no such method, or it takes no other losses.
+    """
+    if method not in STRENGTH:
+        raise RecipeError(
+            f"there is no method '{method.replace('_', '-')}'", where="--methods", have=did_you_mean(method, STRENGTH)
+        )
+    if losses and method != "dpo":
+        raise RecipeError("only dpo takes another loss", where="--methods", have=f"{method}:{losses}")
+    return STRENGTH[method]
+
+
+def _losses(text: str) -> dict[str, Any]:
+    """TRL's settings for losses with `+` between them, each with weight 1."""
+    return {"loss_type": text.split("+"), "loss_weights": None}
+
+
+def _value_at(recipe: Recipe, path: str) -> float:
+    value: Any = recipe
+    for name in path.split("."):
+        value = getattr(value, name)
+    return float(value)
 
 
 def strengths(text: str, usual: Sequence[float] = ()) -> list[float]:
@@ -97,7 +139,7 @@ def rows_of(variant: Variant, facts: Mapping[str, Any], seconds: Mapping[str, fl
     return [
         {
             **shared,
-            "setting": "" if variant.beta is None else f"β={variant.beta:g}",
+            "setting": variant.setting,
             "kl": facts.get("policy_kl_full"),
             "gold": facts.get("policy_gold"),
             "reward": facts.get("policy_reward"),
@@ -112,8 +154,7 @@ def rows_of(variant: Variant, facts: Mapping[str, Any], seconds: Mapping[str, fl
 
 def failed(variant: Variant, error: str) -> dict[str, Any]:
     """A run that ended without a result, as a row."""
-    setting = "" if variant.beta is None else f"β={variant.beta:g}"
-    return {"method": variant.method, "seed": variant.seed, "setting": setting, "error": error}
+    return {"method": variant.method, "seed": variant.seed, "setting": variant.setting, "error": error}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,17 @@ from steps.versions import DataVersion
 STEPS = Recipe.STEPS[: Recipe.STEPS.index("gate")]
 
 
+SPELLED = {"β=": "beta ", "λ=": "lambda ", "n=": "n ", ":": " ", "+": " and "}  # what MLflow allows no name to hold
+
+
+def metric_name(group: Group) -> str:
+    """What a group's metrics are called."""
+    name = f"{group.method}/{group.setting or 'plain'}"
+    for sign, words in SPELLED.items():
+        name = name.replace(sign, words)
+    return name
+
+
 class ComparisonRun:
     """Variants of a recipe, run one after the other; steps they share are found in the store.
 
@@ -100,7 +111,7 @@ class ComparisonRun:
         for file in ("rows.json", "frontier.png", "report.html"):
             tracking.append(self.folder, "artifact", path=file)
         for group in groups:
-            name = f"{group.method}/{group.setting or 'plain'}".replace("β=", "beta ").replace("n=", "n ")
+            name = metric_name(group)
             values = {f"{name}/{number}": getattr(group, number) for number in ("kl", "gold", "win_rate")}
             tracking.append(self.folder, "metrics", step=0, values=values)
         self._close("FINISHED")

@@ -24,6 +24,7 @@ class Contestant:
     """A model that answers the contest's prompts.
 
     Attributes:
+        after: what it wants its prompts to end with (`steps.policy_prompt`); the judge and the scores never see it.
         best_of: of how many answers the one with the highest reward is given.
         said: what it is known to answer to the prompts in their order, by temperature; not drawn again.
     """
@@ -31,6 +32,11 @@ class Contestant:
     model: PreTrainedModel
     best_of: int = 1
     said: Mapping[float, Answers] = field(default_factory=dict)
+    after: str = ""
+
+    def asked(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts as the model gets them."""
+        return [prompt + self.after for prompt in prompts]
 
 
 class Contest:
@@ -101,12 +107,13 @@ class Contest:
     def ask(self, name: str, prompts: Sequence[str], place: int = 0, temperature: float | None = None) -> Answers:
         """A model's answers."""
         contestant, label = self.models[name], name if temperature is None else f"{name} at {temperature:g}"
+        asked = contestant.asked(prompts)
         if known := contestant.said.get(temperature or self.evaluate.temperature):
             return known.part(place, len(prompts))
 
         def drawn(seed: int) -> Answers:
             return sample(
-                contestant.model, self.tokenizer, prompts, self.evaluate, seed, self.tracker, label, temperature, place
+                contestant.model, self.tokenizer, asked, self.evaluate, seed, self.tracker, label, temperature, place
             )
 
         if contestant.best_of == 1:

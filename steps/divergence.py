@@ -43,18 +43,27 @@ def divergence(
     temperature: float,
     pad: int,
     batch: int = 16,
+    start_prompts: Sequence[Sequence[int]] | None = None,
 ) -> Divergence:
     """KL of two causal models at a temperature.
 
+    Where the policy is asked with words f of its own behind the prompt x, and the start ρ is not, this is
+    KL(π(· | x, f) ‖ ρ(· | x)): how far what people get is from what they got, whatever was whispered to the policy.
+    It holds the effect of the words besides that of the training, so it may be above 0 without any.
+
     Args:
         prompts, answers: tokens; the answers drawn from `policy` at `temperature`, with their end where they have one.
+        start_prompts: what the start is asked, where that differs.
     """
+    plainly = prompts if start_prompts is None else start_prompts
     whole, never_negative, exact = [], [], []
     order = sorted((i for i in range(len(answers)) if answers[i]), key=lambda i: len(prompts[i]) + len(answers[i]))
     for first in range(0, len(order), batch):
         part = order[first : first + batch]
-        rows = Rows.of([prompts[i] for i in part], [answers[i] for i in part], pad).to(policy.device)
-        for one, theirs, own, mask in zip(*_distributions(policy, start, rows, temperature), strict=True):
+        said = [answers[i] for i in part]
+        rows = Rows.of([prompts[i] for i in part], said, pad).to(policy.device)
+        other = Rows.of([plainly[i] for i in part], said, pad).to(policy.device)
+        for one, theirs, own, mask in zip(*_distributions(policy, start, rows, other, temperature), strict=True):
             drawn = (own - theirs).gather(1, one[:, None]).squeeze(1)
             whole.append((drawn * mask).sum())
             never_negative.append((k3(drawn) * mask).sum())
@@ -69,11 +78,11 @@ def divergence(
 
 
 def _distributions(
-    policy: PreTrainedModel, start: PreTrainedModel, rows: Rows, temperature: float
+    policy: PreTrainedModel, start: PreTrainedModel, rows: Rows, start_rows: Rows, temperature: float
 ) -> tuple[Iterator[Tensor], ...]:
     """For each row: tokens (T,), log ρ and log π of the next token (T, vocabulary), and the mask (T,)."""
     drawn = rows.predicting(rows.ids[:, 1:])
-    theirs, own = (_next_token(model, rows, temperature) for model in (start, policy))
+    theirs, own = (_next_token(model, asked, temperature) for model, asked in ((start, start_rows), (policy, rows)))
     return iter(drawn), theirs, own, iter(rows.completion_mask.float())
 
 

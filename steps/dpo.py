@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from datasets import Dataset
 from peft import PeftModel
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
@@ -38,36 +41,54 @@ class LengthGroupedDPOTrainer(LengthGrouped, DPOTrainer):
         return super().compute_ref_log_probs(model, inputs)
 
 
-def tune_policy(
-    dpo: DPO,
+def tune_policy(dpo: DPO, dtype: str, *, preferences: Path, **step: Any) -> Facts:
+    """Direct preference optimisation (arXiv:2305.18290, eq. 7) of the SFT model, against a frozen copy of it.
+
+    Args:
+        preferences: table of prompt, chosen, rejected, margin, part.
+        step: as `learn_from_pairs` has it.
+    """
+    return learn_from_pairs("dpo", dpo.trainer, training_and_held_out(preferences, dpo), dtype, **step)
+
+
+def learn_from_pairs(
+    method: str,
+    settings: Mapping[str, Any],
+    pairs: tuple[Dataset, Dataset, int],
     dtype: str,
     *,
     base: Path,
     sft: Path,
-    preferences: Path,
     seed: int,
     out: Path,
     tracker: Tracker,
     start: Path | None = None,
+    kind: type[LengthGroupedDPOTrainer] = LengthGroupedDPOTrainer,
+    asks_first: bool = True,
+    **more: Any,
 ) -> Facts:
-    """Direct preference optimisation (arXiv:2305.18290, eq. 7) of the SFT model, against a frozen copy of it.
+    """Train the SFT model on pairs, measure it on held-out ones, and leave the weights in `out`.
 
     The reference's log-probabilities are computed once, before the first update; of a whole model by the policy
     itself, which is loaded from the SFT step's directory.
 
     Args:
+        settings: of TRL's DPOConfig.
+        pairs: training pairs, held-out pairs and the batch for the latter.
         sft: the SFT step's artifact; policy and reference both start there.
-        preferences: table of prompt, chosen, rejected, margin, part.
         start: another policy to begin the training at; the reference stays the SFT model.
+        kind: the trainer's class, which `more` is given to.
+        asks_first: whether the reference is asked about every row before the first update, so that what frozen layers
+            make of it may be remembered.
     """
-    train, held_out, batch = training_and_held_out(preferences, dpo)
+    train, held_out, batch = pairs
     set_seed(seed)
     model = load_policy(base, dtype, sft / ADAPTER, trainable=True)
-    if isinstance(model, PeftModel):
+    settings = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": batch, **settings}
+    if isinstance(model, PeftModel) and asks_first and settings["precompute_ref_log_probs"]:
         remember_frozen_layers(model, frozen_depth(model.peft_config["default"], model.config.num_hidden_layers))
-    settings = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": batch, **dpo.trainer}
     with labelled_lm_head(dpo_trainer):
-        trainer = LengthGroupedDPOTrainer(
+        trainer = kind(
             model,
             tracker=tracker,
             reference_batches=math.ceil(len(train) / batch) + len(held_out) // batch,
@@ -75,18 +96,30 @@ def tune_policy(
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=load_tokenizer(base),
+            **more,
         )
     begin_at(model, start, base, dtype)
     trainer.checkpoint_files = checkpoint_files(trainer.model)
     run_trainer(trainer, tracker)
     measured = held_out_metrics(trainer, tracker)
     save_weights(trainer.model, base, out)
+    return pair_facts(method, start, len(train), trainer.state.global_step, len(held_out), measured)
+
+
+def pair_facts(
+    method: str, start: Path | None, pairs: int, steps: int, held_out: int, measured: Mapping[str, float]
+) -> Facts:
+    """What a run on pairs came to.
+
+    Args:
+        measured: on the held-out pairs.
+    """
     return {
-        "method": "dpo",
+        "method": method,
         "start": "champion" if start else "sft",
-        "pairs": len(train),
-        "held_out": len(held_out),
-        "steps": trainer.state.global_step,
+        "pairs": pairs,
+        "held_out": held_out,
+        "steps": steps,
         "accuracy": measured["eval_rewards/accuracies"],
         "likelihood_displaced": measured["eval_rewards/chosen"] < 0,
         **measured,

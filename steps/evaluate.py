@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steps.artifact import COMPLETIONS, MANIFEST, Facts, digest_file
 from steps.baseline import held_out_prompts
@@ -28,9 +26,11 @@ from steps.intervals import bootstrap_interval
 from steps.judge_validation import validate
 from steps.judges import GoldJudge, make_judge, usage_facts
 from steps.length_control import length_controlled_win_rate
-from steps.models import ADAPTER, load_policy, load_reward_model, load_tokenizer
+from steps.models import ADAPTER, load_policy, load_tokenizer
 from steps.paths import Var
+from steps.policy_prompt import asked_after
 from steps.power import detectable_effect
+from steps.reward_model import RewardModel
 from steps.statistics import (
     OTHER,
     WinRate,
@@ -48,26 +48,6 @@ from steps.tracking import Tracker
 
 EVALUATION = "evaluation.json"
 GOLD, REWARD = "gold", "reward"
-
-
-@torch.no_grad()
-def reward_scores(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    answers: Sequence[str],
-    batch_size: int = 50,
-) -> np.ndarray:
-    """(n,) what the reward model gives each answer to its prompt."""
-    model.eval()
-    texts = [p + a + tokenizer.eos_token for p, a in zip(prompts, answers, strict=True)]
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    scores = np.zeros(len(texts))
-    for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
-        inputs = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, padding_side="right")
-        scores[rows] = model(**inputs.to(model.device)).logits.squeeze(-1).float().cpu().numpy()
-    return scores
 
 
 def evaluate_policy(
@@ -104,12 +84,8 @@ def evaluate_policy(
     asked = held_out_prompts(prompts, evaluate.prompts)
     human = pd.read_parquet(preferences)
     human = human[human["part"] == "held_out"]
-    tokenizer, proxy = load_tokenizer(base), load_reward_model(base, dtype, reward / ADAPTER)
-
-    def rewards(prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-        return reward_scores(proxy, tokenizer, prompts, answers)
-
-    scores: dict[str, Scores] = {REWARD: rewards}
+    tokenizer, proxy = load_tokenizer(base), RewardModel(base, dtype, reward / ADAPTER)
+    scores: dict[str, Scores] = {REWARD: proxy.careful_scores}  # by which the best of n is picked
     by_people = GoldJudge.from_table(gold) if pq.read_metadata(gold).num_rows else None
     if by_people is not None:
         scores[GOLD] = by_people.score
@@ -117,13 +93,17 @@ def evaluate_policy(
     judge = make_judge(
         evaluate,
         gold=by_people,
-        reward_scores=stranger.scores if stranger else rewards,
+        reward_scores=stranger.scores if stranger else proxy.scores,
         reward_identity=stranger.identity if stranger else digest_file(reward / MANIFEST),
         verdicts=Var().folder("verdicts") if evaluate.judge == "llm" else out,
     )
     folders = {START: sft, POLICY: policy, **({} if champion is None else {CHAMPION: champion})}
     models = {
-        name: Contestant(load_policy(base, dtype, folder / ADAPTER), answers_drawn(folder / ADAPTER))
+        name: Contestant(
+            load_policy(base, dtype, folder / ADAPTER),
+            answers_drawn(folder / ADAPTER),
+            after=asked_after(folder / ADAPTER),
+        )
         for name, folder in folders.items()
     }
     models[START] = replace(models[START], said=read_baseline(baseline))
@@ -249,17 +229,29 @@ def about_answers(table: pd.DataFrame, evaluate: Evaluate) -> Facts:
 
 
 def moved(contest: Contest, table: pd.DataFrame, evaluate: Evaluate) -> Facts:
-    """KL of the policy to its start, on some of the answers it was just judged by; for best of n its bound."""
+    """KL of the policy to its start, on some of the answers it was just judged by; for best of n its bound.
+
+    Each is asked as it wants to be: a policy with words of its own behind the prompt, its start by the prompt alone.
+    """
     if (n := contest.models[POLICY].best_of) > 1:
         return {"policy_kl": best_of_n_kl(n)}
     count = min(evaluate.kl_prompts, len(table))
     if not count:
         return {}
     contest.tracker.progress("KL", 0, count)
-    asked = contest.tokenizer(list(table["prompt"].head(count)))["input_ids"]
-    models, pad = contest.models, contest.tokenizer.pad_token_id
-    policy, start = models[POLICY].model, models[START].model
-    found = divergence(policy, start, asked, contest.drawn[:count], evaluate.temperature, pad)
+    policy, start = contest.models[POLICY], contest.models[START]
+    asked, plainly = (
+        contest.tokenizer(one.asked(list(table["prompt"].head(count))))["input_ids"] for one in (policy, start)
+    )
+    found = divergence(
+        policy.model,
+        start.model,
+        asked,
+        contest.drawn[:count],
+        evaluate.temperature,
+        contest.tokenizer.pad_token_id,
+        start_prompts=plainly,
+    )
     contest.tracker.progress("KL", count, count)
     return {
         "policy_kl": found.k1,

@@ -29,6 +29,7 @@ from steps import (
     lineage_page,
     locks,
     pipeline,
+    policy_prompt,
     provenance,
     registry,
     report,
@@ -341,8 +342,18 @@ class Experiment:
     def _find_start(self) -> None:
         """Let training begin at the champion, or at the SFT model while there is none."""
         self._start = registry.champion(self.forwarder.client, self.recipe.name)
-        if self._start is not None:
-            self.known["start"] = self._adapter_of(self._start)
+        if self._start is None:
+            return
+        start = self._adapter_of(self._start)
+        after, method = policy_prompt.asked_after(start.path / "adapter"), self.recipe.policy.method
+        if after and method != "chain_of_hindsight":
+            raise PrefloopError(
+                f"{method} cannot begin at the champion, which answers well only when asked with words of its own",
+                where=self._start.uri,
+                have=f"every prompt has to end with {after!r}, and {method} trains without",
+                then="set policy.start=sft, or policy.method=chain_of_hindsight",
+            )
+        self.known["start"] = start
 
     def _find_champion(self) -> None:
         """Let the evaluation meet the champion; a policy that is the champion itself, the one it met before."""

@@ -17,6 +17,7 @@ from steps.implicit_rewards import HeldOut
 from steps.lm_head import labelled_lm_head
 from steps.models import ADAPTER, is_whole_model, load_policy, load_reward_model, load_tokenizer, score_head
 from steps.pairs import held_out_pairs
+from steps.reward_scorers import careful_scorer, members_of
 from steps.rollouts import (
     AnswerReward,
     OnPolicyTrainer,
@@ -106,8 +107,9 @@ def tune_policy(
     args = rollout_arguments(arguments_of, config, {"beta": BETA}, seed=seed, out=out)
     prompts = prompts_of(preferences, at_least=args.generation_batch_size // args.num_generations)
     scorer.head.to(args.device)
-    if scorer.model is not model:
-        scorer.model.to(args.device)
+    for part in members_of(scorer):
+        if part.model is not model:
+            part.model.to(args.device)
     with labelled_lm_head(module, entropy_gradient=getattr(args, "entropy_coef", 0) > 0):
         trainer = kind(
             model,
@@ -128,9 +130,13 @@ def tune_policy(
 
 
 def reward_scorer(policy: PreTrainedModel, base: Path, dtype: str, weights: Path) -> Scorer:
-    """The reward model: an adapter over the policy's base, or a model of its own where every weight was trained."""
-    head = linear_head(score_head(weights))
-    if is_whole_model(weights):
-        return Scorer(load_reward_model(base, dtype, weights), None, head)
-    add_adapter(policy, REWARD, weights)
-    return Scorer(policy, REWARD, head)
+    """The reward model: adapters over the policy's base, or models of their own where every weight was trained."""
+
+    def member(name: str, folder: Path) -> Scorer:
+        head = linear_head(score_head(folder))
+        if is_whole_model(folder):
+            return Scorer(load_reward_model(base, dtype, folder), None, head)
+        add_adapter(policy, name, folder)
+        return Scorer(policy, name, head)
+
+    return careful_scorer(member(REWARD, weights), weights, member, scaled=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from steps import alarms
-from steps.config import Recipe, Section
+from steps.config import RELATIVES, Recipe, Section
 from steps.run import Input, StepSpec
 
 
@@ -76,11 +76,31 @@ STEPS: dict[str, Step] = {
     ),
 }
 
+# The reward step of a recipe that wants the reward on the start policy's scale: it reads what that answers.
+NORMALISED_REWARD = Step(
+    "steps.normalised_reward:train_normalised_reward",
+    {"reward": "reward", **_ADAPTED},
+    {"base": "base", "preferences": "data/preferences", "baseline": "baseline"},
+)
+
 _START = {"start": "start"}  # where training begins, when not at the SFT model
 _FROM_REWARD = {"base": "base", "sft": "sft", "reward": "reward", "preferences": "data/preferences", **_START}
 
+_RELATIVE = {"relative": "policy.relative", "method": "policy.method", "dtype": "model.dtype"}
+_FROM_PAIRS = {"base": "base", "sft": "sft", "preferences": "data/preferences", **_START}
+_FROM_TARGETS = {**_FROM_PAIRS, "demonstrations": "data/demonstrations"}
+
 # The policy step, by the recipe's method.
 POLICIES: dict[str, Step] = {
+    **{
+        method: Step("steps.pair_methods:tune_policy", _RELATIVE, _FROM_PAIRS, optional=frozenset(_START))
+        for method in RELATIVES
+    },
+    "kto": Step("steps.kto:tune_policy", _RELATIVE, _FROM_PAIRS, optional=frozenset(_START)),
+    "slic": Step("steps.slic:tune_on_human_pairs", _RELATIVE, _FROM_TARGETS, optional=frozenset(_START)),
+    "slic_sample_rank": Step(
+        "steps.slic:tune_on_ranked_samples", _RELATIVE, {**_FROM_TARGETS, "reward": "reward"}, frozenset(_START)
+    ),
     "dpo": Step(
         "steps.dpo:tune_policy",
         {"dpo": "policy.dpo", "dtype": "model.dtype"},
@@ -105,6 +125,18 @@ POLICIES: dict[str, Step] = {
         _FROM_REWARD,
         optional=frozenset(_START),
     ),
+    "chain_of_hindsight": Step(
+        "steps.chain_of_hindsight:tune_policy",
+        {"chain_of_hindsight": "policy.chain_of_hindsight", "dtype": "model.dtype"},
+        {
+            "base": "base",
+            "sft": "sft",
+            "preferences": "data/preferences",
+            "demonstrations": "data/demonstrations",
+            **_START,
+        },
+        optional=frozenset(_START),
+    ),
     "best_of_n": Step("steps.best_of_n:tune_policy", {"best_of_n": "policy.best_of_n"}, {"sft": "sft"}),
 }
 
@@ -112,7 +144,9 @@ TABLES = ("demonstrations", "preferences", "prompts", "gold")
 
 
 def step_of(name: str, recipe: Recipe) -> Step:
-    """The row of a step; the policy's depends on the recipe's method."""
+    """The row of a step; the policy's depends on the recipe's method, the reward model's on its scale."""
+    if name == "reward" and recipe.reward.normalise:
+        return NORMALISED_REWARD
     return POLICIES[recipe.policy.method] if name == "policy" else STEPS[name]
 
 

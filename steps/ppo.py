@@ -31,6 +31,8 @@ from steps.models import (
 )
 from steps.pairs import held_out_pairs
 from steps.ppo_trainer import Moments, PPOConfig, PPOTrainer
+from steps.reward_model import Reading
+from steps.reward_scorers import careful_scorer, members_of
 from steps.rollouts import AnswerReward, learn, prompt_rows, prompts_of, rollout_arguments
 from steps.sampling import draw_tokens, uniforms_of
 from steps.tracking import Tracker
@@ -83,7 +85,9 @@ def tune_policy(
     place_models(models, args)
     prompts = prompts_of(preferences, at_least=max(args.generation_batch_size, ppo.normalise_reward))
     answer_reward = AnswerReward(models.reward, tokenizer, args.per_device_train_batch_size)
-    moments = start_moments(ppo, args, models.policy, answer_reward, tokenizer, prompts, tracker)
+    moments = known_moments(ppo, reward) or start_moments(
+        ppo, args, models.policy, answer_reward, tokenizer, prompts, tracker
+    )
     begin_critic(models.critic, ppo, moments)
     memories = remembered(models)
     with labelled_lm_head(grpo_trainer, entropy_gradient=ppo.entropy_coefficient > 0):
@@ -119,14 +123,26 @@ def load_models(ppo: PPO, dtype: str, base: Path, sft: Path, reward: Path) -> Mo
         add_adapter(policy, REFERENCE, "default")
         for name in (REWARD, CRITIC):
             add_adapter(policy, name, reward / ADAPTER)
-        scorers = [Scorer(policy, name, linear_head(head)) for name in (REWARD, CRITIC)]
-        return Models(policy, None, *scorers, all=(policy,))
+        first, critic = (Scorer(policy, name, linear_head(head)) for name in (REWARD, CRITIC))
+
+        def adapted(name: str, weights: Path) -> Scorer:
+            add_adapter(policy, name, weights)
+            return Scorer(policy, name, linear_head(score_head(weights)))
+
+        careful = careful_scorer(first, reward / ADAPTER, adapted, scaled=False)
+        return Models(policy, None, careful, critic, all=(policy,))
     learning = MASTER if is_whole_model(sft / ADAPTER) else dtype
     reference = load_policy(base, learning, sft / ADAPTER)
     apart = [load_reward_model(base, precision, reward / ADAPTER) for precision in (dtype, learning)]
     adapters = ["default" if isinstance(model, PeftModel) else None for model in apart]
-    scorers = [Scorer(model, adapter, linear_head(head)) for model, adapter in zip(apart, adapters, strict=True)]
-    return Models(policy, reference, *scorers, all=(policy, reference, *apart))
+    first, critic = (Scorer(model, adapter, linear_head(head)) for model, adapter in zip(apart, adapters, strict=True))
+
+    def loaded(name: str, weights: Path) -> Scorer:
+        return Scorer(load_reward_model(base, dtype, weights), adapters[0], linear_head(score_head(weights)))
+
+    careful = careful_scorer(first, reward / ADAPTER, loaded, scaled=False)
+    further = [scorer.model for scorer in members_of(careful)[1:]]
+    return Models(policy, reference, careful, critic, all=(policy, reference, *apart, *further))
 
 
 def place_models(models: Models, args: PPOConfig) -> None:
@@ -138,6 +154,12 @@ def place_models(models: Models, args: PPOConfig) -> None:
         scorer.head.to(args.device)
     if models.reference is not None:
         add_labelled_lm_head(plain(models.reference), args.temperature, outputs=("log_probs", "entropy"))
+
+
+def known_moments(ppo: PPO, reward: Path) -> Moments | None:
+    """The constants that stand beside the reward model, if any do and rewards are to be normalised."""
+    reading = Reading.of(reward / ADAPTER)
+    return Moments(reading.mean, reading.deviation) if reading.answers and ppo.normalise_reward else None
 
 
 def start_moments(

@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from steps.config import RELATIVES
+
 if TYPE_CHECKING:
     from steps.run import Outcome
 
@@ -107,13 +109,26 @@ def findings(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"Answers repeat themselves: distinct-2 fell from {measured['start_distinct_2']:.2f} to "
             f"{measured['policy_distinct_2']:.2f}."
         )
-    if policy.get("likelihood_displaced") and policy["method"] == "dpo":
+    if policy.get("prompt_after"):
+        said.append(
+            f"The policy is asked with words of its own: {_quoted(repr(policy['prompt_after']))} goes behind every "
+            f"prompt, as `adapter/prompt.json` says. Whoever samples from it has to put it there; the start and the "
+            f"judge saw the prompt alone, and the distance is that of the policy so asked from the start asked plainly."
+        )
+    if "classification_accuracy" in policy:
+        said.append(
+            f"Of {policy['held_out']} held-out pairs it tells the better answer in "
+            f"{policy['classification_accuracy']:.1%} ({policy['classification_accuracy_low']:.1%} to "
+            f"{policy['classification_accuracy_high']:.1%}), by which is likelier after praise than after blame."
+        )
+    if policy.get("likelihood_displaced") and policy["method"] in ("dpo", *RELATIVES):
         said.append(
             f"Displaced likelihood: the chosen answers became less likely than under the reference "
             f"(rewards/chosen {policy['eval_rewards/chosen']:+.2f}), "
             f"the rejected ones came to {policy['eval_rewards/rejected']:+.2f}. "
-            f"The policy learnt what to avoid rather than what to imitate; a known failure of DPO. A larger beta, or "
-            f"more weight on an sft loss (loss_type [sigmoid, sft]), holds the chosen answers up."
+            f"The policy learnt what to avoid rather than what to imitate; a known failure of DPO and its relatives. A "
+            f"larger beta, or weight on the likelihood of chosen answers (dpo with loss_type [sigmoid, sft], cpo, "
+            f"orpo), holds them up."
         )
     return said
 

@@ -22,6 +22,7 @@ from steps.data_lineage import WORK_TREE, digest_of, revisions
 from steps.errors import DataError, PrefloopError
 from steps.lineage import Evidence
 from steps.pipeline import TABLES
+from steps.rankings import whole_groups
 from steps.registry import Version
 from steps.report import printable
 from steps.tracking import Forwarder, Record
@@ -34,7 +35,8 @@ TRAINED, ASKED, FITTED, MEASURED = "trained on", "asked in training", "judge fit
 UNUSED, UNCLEAR = "in the table it read, not used", "in the table it read"
 GRADES = ("no", "maybe", "yes")
 LEARNS = (TRAINED, ASKED, UNCLEAR)  # what may leave a trace in weights
-PAIRED = ("reward", "dpo")
+HINDSIGHT = "chain_of_hindsight"
+PAIRED = ("reward", "dpo", HINDSIGHT)
 ON_POLICY = ("ppo", "rloo", "grpo")
 
 
@@ -369,6 +371,14 @@ def used(step: str, table: str, frame: pd.DataFrame, params: Mapping[str, str]) 
     lines = pd.Series(UNUSED, index=range(len(frame)))
     if step == "sft" and table == "demonstrations":
         lines[: settings.whole("sft.rows", len(frame))] = TRAINED
+    elif table == "preferences" and "relative.loss.candidates" in params:  # learns from its own answers
+        lines[(frame["part"] == "train").to_numpy()] = ASKED
+        lines[_first_held_out(frame, settings.whole("relative.held_out"), even=True)] = MEASURED
+    elif table == "preferences" and params.get("reward.loss", "bradley_terry") != "bradley_terry":
+        fitting = frame[_training(frame, "reward", settings, count=len(frame))]
+        lines[whole_groups(fitting, settings.whole("reward.pairs")).index] = TRAINED
+        held_out = frame[frame["part"] == "held_out"]
+        lines[whole_groups(held_out, settings.whole("reward.held_out")).index] = MEASURED
     elif table == "preferences" and (section := settings.section(PAIRED)):
         lines[_training(frame, section, settings)] = TRAINED
         lines[_first_held_out(frame, settings.whole(f"{section}.held_out"), even=True)] = MEASURED
@@ -377,6 +387,9 @@ def used(step: str, table: str, frame: pd.DataFrame, params: Mapping[str, str]) 
         lines[_first_held_out(frame, settings.whole(f"{section}.held_out"), even=False)] = MEASURED
     elif table == "demonstrations" and settings.section(ON_POLICY):
         if settings.number("ppo.ptx_coefficient", 1.0) > 0:
+            lines[:] = TRAINED
+    elif table == "demonstrations" and settings.section((HINDSIGHT,)):
+        if settings.number(f"{HINDSIGHT}.sft_coefficient", 0.0) > 0:
             lines[:] = TRAINED
     elif step in ("baseline", "evaluate") and table == "prompts":
         asked = settings.whole("evaluate.prompts", settings.whole("sampling.prompts"))
@@ -406,13 +419,13 @@ class _Settings:
         return otherwise if said == "None" else int(said)
 
 
-def _training(frame: pd.DataFrame, section: str, settings: _Settings) -> Any:
-    """(n,) whether `pairs.training_and_held_out` trains on a line."""
+def _training(frame: pd.DataFrame, section: str, settings: _Settings, count: int | None = None) -> Any:
+    """(n,) whether `pairs.training_and_held_out` trains on a line; on so many of them, else as many as it is set to."""
     length = frame[["chosen", "rejected"]].map(len).max(axis=1)
     fit = (frame["part"] == "train") & ~(frame["margin"] < settings.number(f"{section}.min_margin", 0.0))
     if (limit := settings.whole(f"{section}.max_chars")) is not None:
         fit &= length <= limit
-    count = settings.whole(f"{section}.pairs")
+    count = settings.whole(f"{section}.pairs") if count is None else count
     return (fit & (fit.cumsum() <= (len(frame) if count is None else count))).to_numpy()
 
 

@@ -7,13 +7,22 @@ import functools
 import importlib.util
 from pathlib import Path
 
+REFERENCE_FREE = ("simpo", "cpo", "orpo", "slic", "slic_sample_rank")
+ON_PAIRS = ("dpo", "ipo", "cdpo", "robust", "rso", *REFERENCE_FREE)  # methods that are losses of TRL's DPOTrainer
+# The losses TRL's DPOTrainer has, for `loss_type`.
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
 CONFIGS = {
     "sft": ("trl/trainer/sft_config.py", "SFTConfig"),
     "reward": ("trl/trainer/reward_config.py", "RewardConfig"),
-    "dpo": ("trl/trainer/dpo_config.py", "DPOConfig"),
+    **dict.fromkeys(ON_PAIRS, ("trl/trainer/dpo_config.py", "DPOConfig")),
+    "kto": ("trl/trainer/kto_config.py", "KTOConfig"),
     "ppo": ("trl/trainer/grpo_config.py", "GRPOConfig"),
     "rloo": ("trl/trainer/rloo_config.py", "RLOOConfig"),
     "grpo": ("trl/trainer/grpo_config.py", "GRPOConfig"),
+    "chain_of_hindsight": ("trl/trainer/sft_config.py", "SFTConfig"),
 }
 # Where the classes those inherit from are defined.
 PARENTS = {
@@ -42,9 +51,45 @@ OWNED = {
 _ROLLOUTS = dict.fromkeys(("max_steps", "num_train_epochs"), "set the method's `rollouts`")
 _WHOLE = "answers are drawn from the whole distribution, else the likelihood ratio would be biased"
 _CRITIC = "a critic's value is the baseline, not a group of answers"
+_NAMED = dict.fromkeys(("loss_type", "loss_weights"), "the method is its loss; `policy.method: dpo` takes any of TRL's")
+_OURS = {
+    **_NAMED,
+    **dict.fromkeys(
+        ("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting"), "it belongs to TRL's losses"
+    ),
+    "precompute_ref_log_probs": "the reference is asked once, before the first update",
+    "sync_ref_model": "the reference stays the SFT model",
+}
+_FREE = {
+    **_OURS,
+    "beta": "the scale `rewards/*` are told on, which is `policy.dpo`'s; the loss's own stands beside `trainer`",
+    "label_smoothing": "the loss has none",
+}
+_CHAINED = "a row is a chain of answers, made anew in each epoch (set `templates`)"
+_CHAINS = (
+    *("packing", "packing_strategy", "padding_free", "eval_packing", "assistant_only_loss", "completion_only_loss"),
+    *("dataset_text_field", "dataset_kwargs", "dataset_num_proc", "shuffle_dataset", "chat_template_path"),
+    *("truncation_mode", "pad_to_multiple_of", "remove_unused_columns", "dataloader_persistent_workers"),
+)
 # The same of single trainers.
 OWNED_OF: dict[str, dict[str, str]] = {
+    "ipo": {**_NAMED, "label_smoothing": "the loss has none"},
+    "rso": {**_NAMED, "label_smoothing": "the loss has none"},
+    "robust": _NAMED,
+    "cdpo": _OURS,
+    **dict.fromkeys(REFERENCE_FREE, _FREE),
+    "kto": {
+        **dict.fromkeys(("eval_strategy", "eval_steps", "eval_on_start"), "held-out pairs are measured at the end"),
+        "train_sampling_strategy": "batches stay as they are, in an order drawn from the seed",
+        "precompute_ref_log_probs": "the reference is asked once, before the first update",
+        "sync_ref_model": "the reference stays the SFT model",
+    },
     "rloo": _ROLLOUTS,
+    "chain_of_hindsight": {
+        **dict.fromkeys(_CHAINS, _CHAINED),
+        **dict.fromkeys(("eos_token", "pad_token"), "the base's tokenizer has them"),
+        **dict.fromkeys(("eval_strategy", "eval_steps", "eval_on_start"), "held-out pairs are measured at the end"),
+    },
     "grpo": _ROLLOUTS,
     "ppo": {
         **_ROLLOUTS,
