@@ -79,7 +79,7 @@ def work(
     step = pipeline.step_of("policy" if method else name, recipe)
     values = {argument: pipeline._at(recipe, path) for argument, path in step.config.items()}
     sections = {argument: section(argument, value) for argument, value in values.items()}
-    inputs = {argument: flow.known[given].path for argument, given in step.inputs.items()}
+    inputs = {name: flow.known[given].path for name, given in step.inputs.items() if given in flow.known}
     given = {**sections, "dtype": dtype, **inputs}
     return FUNCTIONS[name](**given, seed=recipe.seed, out=out, tracker=spool or Spool(out))
 

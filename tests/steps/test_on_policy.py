@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from steps import group_policy, ppo
 from steps.backbone import Rows, add_adapter, token_log_probs
 from steps.config import load
-from steps.evaluate import reward_scores
 from steps.implicit_rewards import HeldOut
 from steps.lm_head import add_labelled_lm_head
 from steps.models import ADAPTER, load_policy, load_reward_model, load_tokenizer
+from steps.reward_model import reward_scores
 from steps.rollouts import SAMPLES, prompts_of
 from steps.tracking import Spool, curves
 
