@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -60,7 +61,9 @@ def written(root: Path, subject: str = "tiny/1") -> Original:
 
 
 def run(then: Original, root: Path, **settings) -> Result:
-    return reproduce.reproduce(then, root, tracking.forwarder(Var(root)), **settings)
+    """With as many threads as this process has, which did the steps of then."""
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    return reproduce.reproduce(then, root, tracking.forwarder(Var(root)), threads=threads, **settings)
 
 
 def contents(root: Path) -> dict[str, str]:
