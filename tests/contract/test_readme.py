@@ -83,7 +83,7 @@ def serve(project: Path, command: str) -> None:
     assert any("Ctrl-C ends it" in line for line in iter(running.stdout.readline, ""))
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=60)
-    assert running.returncode == 0
+    assert running.returncode in (0, 130)  # told before or after its loop had begun
 
 
 def run_all(project: Path) -> None:
