@@ -260,7 +260,7 @@ class Evidence:
                 wrong.append(f"the manifest of {name} in {where} {problem}")
             else:
                 sound.append((where, manifest))
-        if len(sound) == 2 and sound[0][1] != sound[1][1]:
+        if len(sound) == 2 and _made(sound[0][1]) != _made(sound[1][1]):
             wrong.append(f"the manifest of {name} in the store is not the one MLflow holds")
         return sound[::-1], wrong  # MLflow's first: it was sent away when the step was done
 
@@ -568,3 +568,9 @@ def _run_facts(run: Record, evidence: Evidence, unknown: list[str]) -> dict[str,
     if not facts["recipe"]:
         unknown.append("recipe.yaml of the run can be had neither from its folder nor from MLflow")
     return facts
+
+
+def _made(manifest: Any) -> dict[str, Any]:
+    """What a manifest says but for the time it took: a step that is run again makes the same in another time."""
+    said = manifest if isinstance(manifest, dict) else vars(manifest)
+    return {name: value for name, value in said.items() if name not in ("seconds", "cpu_seconds", "path")}
