@@ -19,9 +19,10 @@ import numpy as np
 from rich.console import Console
 
 from steps.comparison import Variant, variants
-from steps.config import RELATIVES, Recipe, load
+from steps.config import Recipe, load
 from steps.errors import PrefloopError
 from steps.experiment import Experiment
+from steps.policy_config import RELATIVES
 
 METHODS = "dpo,dpo:sigmoid+sft,dpo:apo_zero,dpo:nca_pair,ipo,cdpo,kto,cpo,orpo,simpo,slic"
 STEPS = Recipe.STEPS[: Recipe.STEPS.index("gate")]

@@ -59,10 +59,10 @@ def ours() -> float:
     from trl.trainer import grpo_trainer
 
     from steps.backbone import Scorer, add_adapter, linear_head
-    from steps.config import PPO
     from steps.frozen_layers import remember_frozen_layers
     from steps.lm_head import labelled_lm_head
     from steps.models import load_policy, load_tokenizer
+    from steps.policy_config import PPO
     from steps.ppo_trainer import REFERENCE, PPOConfig, PPOTrainer
     from steps.rollouts import AnswerReward, prompt_rows, rollout_arguments
 

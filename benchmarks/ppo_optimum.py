@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.toy import TOY, ToyReward, toy_model, toy_tokenizer, train_toy
-from steps.config import PPO
+from steps.policy_config import PPO
 
 BETA = 0.5
 TOLERANCE = 0.05

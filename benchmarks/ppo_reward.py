@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.toy import TOY, ToyReward, toy_model, train_toy
-from steps.config import PPO
+from steps.policy_config import PPO
 
 LAST = 10  # rollouts that are averaged
 PPO_OF_THE_TOY = PPO(

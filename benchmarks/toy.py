@@ -17,8 +17,8 @@ from transformers import (
 from trl.trainer import grpo_trainer
 
 from steps.backbone import Scorer
-from steps.config import PPO
 from steps.lm_head import add_labelled_lm_head, labelled_lm_head
+from steps.policy_config import PPO
 from steps.ppo_trainer import PPOConfig, PPOTrainer
 from steps.rollouts import prompt_rows, rollout_arguments
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -92,6 +93,14 @@ def answer_tokens(
     asked = tokenizer(list(prompts))["input_ids"]
     whole = tokenizer([p + a for p, a in zip(prompts, answers, strict=True)])["input_ids"]
     return asked, [[*ids[len(p) :], tokenizer.eos_token_id] for p, ids in zip(asked, whole, strict=True)]
+
+
+def demonstration_tokens(
+    tokenizer: PreTrainedTokenizerBase, demonstrations: Path
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and completions of a table as tokens, the latter with their end."""
+    rows = pd.read_parquet(demonstrations, columns=["prompt", "completion"])
+    return answer_tokens(tokenizer, list(rows["prompt"]), list(rows["completion"]))
 
 
 def token_log_probs(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, Tensor | None]:

@@ -11,8 +11,8 @@ import numpy as np
 from scipy.special import comb
 
 from steps.artifact import Facts
-from steps.config import BestOfN
 from steps.models import ADAPTER
+from steps.policy_config import BestOfN
 from steps.statistics import best_of_n_kl
 from steps.tracking import Tracker
 

@@ -17,14 +17,15 @@ from trl.trainer import sft_trainer
 
 from steps import policy_prompt
 from steps.artifact import Facts
-from steps.backbone import Rows, answer_tokens, token_log_probs
-from steps.config import ChainOfHindsight
+from steps.backbone import Rows, answer_tokens, demonstration_tokens, token_log_probs
 from steps.errors import ModelError
 from steps.hindsight import BAD, GOOD, IGNORED, Chain, Template, draws_of, openings, visible
+from steps.implicit_rewards import held_out_rewards
 from steps.intervals import wilson
 from steps.lm_head import labelled_lm_head
 from steps.models import ADAPTER, checkpoint_files, load_policy, load_tokenizer, save_weights
 from steps.pairs import training_and_held_out
+from steps.policy_config import ChainOfHindsight
 from steps.statistics import pair_accuracy
 from steps.tracking import Tracker
 from steps.training import LengthGrouped, LengthGroupedSampler, arguments, run_trainer
@@ -227,10 +228,7 @@ def measure(
     praised = {side: pairs.log_probs(model, side, words[GOOD]) for side in (GOOD, BAD)}
     rewards = {side: beta * (praised[side] - start[side]) for side in (GOOD, BAD)}
     facts = {
-        "eval_rewards/chosen": float(rewards[GOOD].mean()),
-        "eval_rewards/rejected": float(rewards[BAD].mean()),
-        "eval_rewards/margins": float((rewards[GOOD] - rewards[BAD]).mean()),
-        "eval_rewards/accuracies": pair_accuracy(rewards[GOOD], rewards[BAD]),
+        **held_out_rewards(rewards[GOOD], rewards[BAD]),
         "eval_loss/good": float(-praised[GOOD].sum() / pairs.tokens(GOOD)),
     }
     if BAD not in words:
@@ -284,7 +282,8 @@ def tune_policy(
     set_seed(seed)
     fixed = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     args = arguments(SFTConfig, config.trainer, seed=seed, out=out, **fixed)
-    chains = Chains(config, tokenizer, seed, args.max_length, _tokens(demonstrations, tokenizer, config))
+    beside = demonstration_tokens(tokenizer, demonstrations) if config.sft_coefficient else None
+    chains = Chains(config, tokenizer, seed, args.max_length, beside)
     with labelled_lm_head(sft_trainer):
         trainer = HindsightTrainer(
             load_policy(base, dtype, sft / ADAPTER, trainable=True),
@@ -313,12 +312,3 @@ def tune_policy(
         "accuracy": measured["eval_rewards/accuracies"],
         **measured,
     }
-
-
-def _tokens(
-    demonstrations: Path, tokenizer: PreTrainedTokenizerBase, config: ChainOfHindsight
-) -> tuple[list[Tokens], list[Tokens]] | None:
-    if not config.sft_coefficient:
-        return None
-    rows = pd.read_parquet(demonstrations, columns=["prompt", "completion"])
-    return answer_tokens(tokenizer, list(rows["prompt"]), list(rows["completion"]))

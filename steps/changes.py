@@ -10,6 +10,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 PLACE = ["file", "line", "part"]
+IDS = ("row_id", "chosen_id", "rejected_id")  # columns of a table that name canonical rows
 
 
 @dataclass(frozen=True)

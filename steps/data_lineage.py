@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from steps import batches, datasets, provenance, versions
 from steps.artifact import digest_file
 from steps.errors import PrefloopError
+from steps.versions import digest_of
 
 WORK_TREE = "work tree"
 SMALL = 64 * 2**20  # bytes; a larger file is hashed only when somebody asks for the lineage
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def trace(
     origin = DataOrigin(name, digest or digest_of(wanted), tables, recorded)
     if digest and wanted and set(wanted) == set(versions.TABLES) and digest != digest_of(wanted):
         origin.contradictions.append(f"the md5s of {name}'s tables do not make the digest {digest[:12]}")
-    revision = _revision(name, wanted, digest, recorded, root, thorough)
+    revision = revision_of(name, wanted, recorded, root, digest=digest, thorough=thorough)
     if revision is None:
         looked = "in git's history or the work tree" if thorough else "in the recorded commit or the work tree"
         origin.unknown.append(f"{name}: no dvc.lock {looked} names these tables, so no counts and no raw files")
@@ -114,12 +112,6 @@ def trace(
     )
 
 
-def digest_of(tables: Mapping[str, str]) -> str:
-    """The name of a version, from its tables' md5s (as `DataVersion.digest`)."""
-    lines = "".join(f"{name} {md5}\n" for name, md5 in sorted(tables.items()))
-    return hashlib.md5(lines.encode(), usedforsecurity=False).hexdigest()
-
-
 # -- in git's history --------------------------------------------------------------------------------------------
 
 
@@ -128,10 +120,16 @@ def revisions(root: Path) -> list[str]:
     return (provenance.git(["log", "--all", "--format=%H", "--", "dvc.lock"], root) or b"").decode().split()
 
 
-def _revision(
-    name: str, wanted: Mapping[str, str], digest: str, recorded: str, root: Path, thorough: bool
+def revision_of(
+    name: str, wanted: Mapping[str, str], recorded: str, root: Path, *, digest: str = "", thorough: bool = True
 ) -> str | None:
-    """A commit, or "" for the work tree, whose `dvc.lock` names these tables; None where there is none."""
+    """A commit, or "" for the work tree, whose `dvc.lock` names these tables; None where there is none.
+
+    Args:
+        wanted: table → md5; with none of them the version is sought by its digest.
+        recorded: the revision that was written down, which is looked at first.
+        thorough: look through git's whole history too.
+    """
     for one in _candidates(recorded, root, thorough):
         known = _tables_at(name, root, one)
         if known and (wanted.items() <= known.items() if wanted else digest_of(known) == digest):
@@ -158,8 +156,8 @@ def _candidates(recorded: str, root: Path, thorough: bool) -> Iterator[str]:
 
 def _stages(name: str, root: Path, revision: str) -> dict[str, Any]:
     """The stages of a dataset by stage, as `dvc.lock` has them."""
-    stages = yaml.load(versions.text(Path("dvc.lock"), root, revision), _LOADER)["stages"]  # noqa: S506  (a safe one)
-    return {stage: stages[f"{stage}@{name}"] for stage in versions.STAGES}
+    known = versions.stages(root, revision)
+    return {stage: known[f"{stage}@{name}"] for stage in versions.STAGES}
 
 
 def _entry(name: str, lock: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from steps import batches, datasets, versions
 from steps.batches import Addition, State
 from steps.changes import Changes
 from steps.drift import Finding
 from steps.errors import DataError
-from steps.report import printable
+from steps.report import plain, plain_table, printable
 
 if TYPE_CHECKING:
     from steps.forget import Forgotten, Remains
@@ -31,17 +30,6 @@ def console() -> Console:
     return probe if probe.is_terminal else Console(highlight=False, width=WIDTH)
 
 
-def _table(*titles: str, right: Sequence[str] = ()) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in titles:
-        table.add_column(title, justify="right" if title in right else "left", overflow="fold")
-    return table
-
-
-def _plain(text: str) -> str:
-    return escape(printable(text))
-
-
 def _cut(text: str, width: int) -> str:
     line = " ".join(printable(text).split())
     return escape(line if len(line) <= width else line[: width - 1] + "…")
@@ -52,14 +40,14 @@ def _cut(text: str, width: int) -> str:
 
 def print_list(out: Console, root: Path) -> None:
     """Every dataset of the registry, and how it stands."""
-    table = _table(
+    table = plain_table(
         "dataset", "format", "version", "rows", "quarantine", "pairs", "", right=("rows", "quarantine", "pairs")
     )
     for name in datasets.names(root):
         try:
             entry: Any = datasets.dataset(name, root).format
         except DataError as error:
-            table.add_row(_plain(name), "", "", "", "", "", _plain(error.have.splitlines()[0]))
+            table.add_row(plain(name), "", "", "", "", "", plain(error.have.splitlines()[0]))
             continue
         try:
             version = versions.current(name, root)
@@ -85,16 +73,16 @@ def _standing(name: str, version: versions.DataVersion, root: Path) -> str:
 def print_version(out: Console, version: versions.DataVersion, root: Path, revision: str) -> None:
     """One version: what names it, its tables, counts and batches."""
     name = version.name
-    facts = _table("", "")
+    facts = plain_table("", "")
     facts.add_row("dataset", name)
     facts.add_row("version", version.digest)
     facts.add_row("revision", version.revision or "no git")
     for key, value in _source(name, root, revision):
-        facts.add_row(key, _plain(value))
+        facts.add_row(key, plain(value))
     facts.show_header = False
     out.print(facts)
     out.print()
-    tables = _table("table", "rows", "md5", right=("rows",))
+    tables = plain_table("table", "rows", "md5", right=("rows",))
     rows = {**version.counts, "rows": version.counts.get("read"), "quarantine": version.counts.get("quarantined")}
     for file, md5 in versions.outputs(name, root, revision).items():
         if file.endswith(".parquet"):
@@ -103,10 +91,10 @@ def print_version(out: Console, version: versions.DataVersion, root: Path, revis
     out.print(tables)
     if found := batches.records(name, root, revision):
         out.print()
-        listed = _table("batch", "rows", "sha256", "added", "by", right=("rows",))
+        listed = plain_table("batch", "rows", "sha256", "added", "by", right=("rows",))
         for record in found:
             cells = [str(record.get(key, "")) for key in ("file", "rows", "sha256", "added", "by")]
-            listed.add_row(*(_plain(cell) for cell in [*cells[:2], cells[2][:16], *cells[3:]]))
+            listed.add_row(*(plain(cell) for cell in [*cells[:2], cells[2][:16], *cells[3:]]))
         out.print(listed)
 
 
@@ -165,11 +153,11 @@ def print_report(out: Console, name: str, root: Path, *, everything: bool) -> No
 
 
 def _print_checks(out: Console, counts: Mapping[str, Any]) -> None:
-    table = _table("check", "severity", "rows", "for example", right=("rows",))
+    table = plain_table("check", "severity", "rows", "for example", right=("rows",))
     checks = counts.get("checks", {})
     for check, found in sorted(checks.items(), key=lambda item: -item[1]["rows"]):
         if found["rows"]:
-            examples = [_plain(example) for example in counts.get("examples", {}).get(check, [])[:3]]
+            examples = [plain(example) for example in counts.get("examples", {}).get(check, [])[:3]]
             severity = f"[{STYLES.get(found['severity'], 'none')}]{found['severity']}[/]"
             table.add_row(check, severity, f"{found['rows']:,}", "\n".join(examples))
     if table.rows:
@@ -180,7 +168,7 @@ def _print_checks(out: Console, counts: Mapping[str, Any]) -> None:
 
 def _print_statistics(out: Console, counts: Mapping[str, Any], split: Mapping[str, Any]) -> None:
     statistics, bounds = counts.get("statistics", {}), counts.get("bounds", {})
-    table = _table("statistic", "value", "", right=("value",))
+    table = plain_table("statistic", "value", "", right=("value",))
     if "longer_chosen" in statistics:
         low, high = (statistics.get(f"longer_chosen_{end}", float("nan")) for end in ("low", "high"))
         bias = f"95 % interval {low:.1%} to {high:.1%}" + _over("length_bias", bounds)
@@ -218,9 +206,7 @@ def _over(bound: str, bounds: Mapping[str, Any]) -> str:
 def _print_quarantine(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         part = f" ({row['part'] + 1})" if row.get("part") else ""
-        out.print(
-            f"{_plain(row['file'] or '')} line {row['line']}{part}  [yellow]{_plain('; '.join(row['reasons']))}[/]"
-        )
+        out.print(f"{plain(row['file'] or '')} line {row['line']}{part}  [yellow]{plain('; '.join(row['reasons']))}[/]")
         out.print(f"  {_cut(row.get('raw') or '', out.width - 2)}", style="dim")
 
 
@@ -230,12 +216,12 @@ def _print_quarantine(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
 def print_addition(out: Console, added: Addition) -> None:
     """What an addition changed, and what to do next."""
     for file in added.already:
-        out.print(f"{_plain(file)} is there already, with the same bytes")
+        out.print(f"{plain(file)} is there already, with the same bytes")
     if not added.records and added.before.tables == added.after.tables:
         out.print("nothing has changed")
         return
     for record in added.records:
-        out.print(f"{_plain(record['file'])}: {record['rows']:,} rows, {record['bytes']:,} bytes")
+        out.print(f"{plain(record['file'])}: {record['rows']:,} rows, {record['bytes']:,} bytes")
     if added.repeated:
         out.print(f"{added.repeated:,} of them were there already, and went to quarantine as repeats")
     if added.forgotten:
@@ -260,7 +246,7 @@ def _shell(text: str) -> str:
 
 
 def _print_counts(out: Console, before: State, after: State) -> None:
-    table = _table("", "before", "after", "", right=("before", "after"))
+    table = plain_table("", "before", "after", "", right=("before", "after"))
 
     def row(label: str, old: int, new: int) -> None:
         table.add_row(label, f"{old:,}", f"{new:,}", f"{new - old:+,}" if new != old else "[dim]=[/]")
@@ -281,7 +267,7 @@ def _print_lock(out: Console, before: Mapping[str, str], after: Mapping[str, str
     if not changed:
         return
     out.print()
-    table = _table("dvc.lock", "md5 before", "md5 after")
+    table = plain_table("dvc.lock", "md5 before", "md5 after")
     for file in changed:
         table.add_row(file, before.get(file, "")[:12] or "new", after[file][:12])
     out.print(table)
@@ -298,7 +284,7 @@ def print_drift(out: Console, findings: Sequence[Finding], new: str, old: str) -
         out.print(f"no drift: {new} look like {old} ({', '.join(finding.what for finding in findings)})")
         return
     out.print(f"[cyan]warn[/]  {new} do not look like {old}")
-    table = _table("", "before", "after", "effect", "from", "p")
+    table = plain_table("", "before", "after", "effect", "from", "p")
     for finding in moved:
         effect = f"{finding.measure} {finding.effect:.2f}"
         cells = [
@@ -309,7 +295,7 @@ def print_drift(out: Console, findings: Sequence[Finding], new: str, old: str) -
             f"{finding.threshold:g}",
             f"{finding.p_value:.1g}",
         ]
-        table.add_row(*map(_plain, cells))
+        table.add_row(*map(plain, cells))
     out.print(table)
 
 
@@ -319,7 +305,7 @@ def print_drift(out: Console, findings: Sequence[Finding], new: str, old: str) -
 def print_forgotten(out: Console, done: Forgotten, left: Remains) -> None:
     """What forgetting changed, who learned from the rows, and where their text still is."""
     for row in done.already:
-        out.print(f"{_plain(row)} was forgotten before")
+        out.print(f"{plain(row)} was forgotten before")
     if not done.asked:
         out.print("nothing has changed")
         return
@@ -327,7 +313,7 @@ def print_forgotten(out: Console, done: Forgotten, left: Remains) -> None:
     made = f", and {others:,} more made of the same records" if others else ""
     out.print(f"forgotten: {', '.join(done.asked[:EXAMPLES])}{made}", soft_wrap=True)
     for file, line in done.places[:EXAMPLES]:
-        out.print(f"  {_plain(file)} line {line}", style="dim")
+        out.print(f"  {plain(file)} line {line}", style="dim")
     out.print()
     _print_counts(out, done.before, done.after)
     _print_lock(out, done.before.tables, done.after.tables)
@@ -348,19 +334,19 @@ def _print_learners(out: Console, done: Forgotten) -> None:
     out.print()
     if done.learners:
         out.print("these were given them; what may have learned from them should be trained again:")
-        table = _table("model", "", "learnt", "run", "because")
+        table = plain_table("model", "", "learnt", "run", "because")
         for one in done.learners:
             style = {"yes": "red", "maybe": "yellow"}.get(one.learnt, "")
             learnt = f"[{style}]{one.learnt}[/]" if style else one.learnt
-            cells = [_plain(one.model or "not registered"), ", ".join(one.aliases), learnt, _plain(one.run)]
-            table.add_row(*cells, "\n".join(map(_plain, one.because)))
+            cells = [plain(one.model or "not registered"), ", ".join(one.aliases), learnt, plain(one.run)]
+            table.add_row(*cells, "\n".join(map(plain, one.because)))
         out.print(table)
         for command in dict.fromkeys(one.command for one in done.learners if one.learnt != "no"):
             out.print(f"  {escape(command)}", soft_wrap=True)
     else:
         out.print("no model and no run that is known of was given them")
     for sentence in done.unknown:
-        out.print(f"[yellow]not known[/]  {_plain(sentence)}", soft_wrap=True)
+        out.print(f"[yellow]not known[/]  {plain(sentence)}", soft_wrap=True)
 
 
 def _print_remains(out: Console, left: Remains) -> None:
@@ -370,9 +356,9 @@ def _print_remains(out: Console, left: Remains) -> None:
     for file, lines in left.files.items():
         numbers = ", ".join(map(str, lines[:EXAMPLES])) + (", …" if len(lines) > EXAMPLES else "")
         kept = ", also in git's history" if file in left.in_git else ""
-        out.print(f"  {_plain(file)}, line {numbers}: a batch is not changed{kept}", soft_wrap=True)
+        out.print(f"  {plain(file)}, line {numbers}: a batch is not changed{kept}", soft_wrap=True)
     if left.fetched:
-        out.print(f"  {_plain(left.fetched)}, which the data is fetched from, and its copy in var/downloads")
+        out.print(f"  {plain(left.fetched)}, which the data is fetched from, and its copy in var/downloads")
     remotes = "".join(f", the remote '{remote}'" for remote in left.remotes)
     out.print(f"  earlier versions, in DVC's cache{remotes}", soft_wrap=True)
     out.print("  var/store, var/runs and MLflow's artifacts, where runs quote what they were given")
@@ -411,12 +397,12 @@ def print_changes(out: Console, changes: Changes, preview: Callable[[str, list[s
         old = preview("before", list(first["row_id_before"]))
         new = preview("after", list(first["row_id_after"]))
         for row in first.to_dict("records"):
-            out.print(f"  {_plain(row['file'])} line {row['line']}", style="dim")
+            out.print(f"  {plain(row['file'])} line {row['line']}", style="dim")
             out.print(f"  [red]- {_cut(old.get(row['row_id_before'], ''), out.width - 4)}[/]")
             out.print(f"  [green]+ {_cut(new.get(row['row_id_after'], ''), out.width - 4)}[/]")
 
 
 def _print_rows(out: Console, rows: Any, key: str, texts: Mapping[str, str], sign: str, style: str) -> None:
     for row in rows.to_dict("records"):
-        out.print(f"  {_plain(row['file'])} line {row['line']}", style="dim")
+        out.print(f"  {plain(row['file'])} line {row['line']}", style="dim")
         out.print(f"  [{style}]{sign} {_cut(texts.get(row[key], ''), out.width - 4)}[/]")

@@ -14,31 +14,18 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
 from steps.artifact import Facts
-from steps.config import DPO
 from steps.frozen_layers import remember_frozen_layers
 from steps.lm_head import labelled_lm_head
 from steps.models import ADAPTER, checkpoint_files, frozen_depth, load_policy, load_tokenizer, save_weights
 from steps.pairs import training_and_held_out
+from steps.policy_config import DPO
 from steps.tracking import Tracker
-from steps.training import LengthGrouped, arguments, held_out_metrics, run_trainer
+from steps.training import AsksReference, LengthGrouped, arguments, held_out_metrics, run_trainer
 from steps.warm_start import begin_at
 
 
-class LengthGroupedDPOTrainer(LengthGrouped, DPOTrainer):
-    """TRL's DPOTrainer on length-grouped batches; says how far the reference's pass is.
-
-    Args:
-        tracker: told of every batch of the reference's pass, of which there are `reference_batches`.
-    """
-
-    def __init__(self, *args, tracker: Tracker, reference_batches: int, **kwargs) -> None:
-        self.tracker, self.reference_batches, self.referenced = tracker, reference_batches, 0
-        super().__init__(*args, **kwargs)
-
-    def compute_ref_log_probs(self, model, inputs):
-        self.tracker.progress("reference", self.referenced, self.reference_batches)
-        self.referenced += 1
-        return super().compute_ref_log_probs(model, inputs)
+class LengthGroupedDPOTrainer(LengthGrouped, AsksReference, DPOTrainer):
+    """TRL's DPOTrainer on length-grouped batches; says how far the reference's pass is."""
 
 
 def tune_policy(dpo: DPO, dtype: str, *, preferences: Path, **step: Any) -> Facts:

@@ -45,6 +45,7 @@ from steps.launch import launcher
 from steps.paths import Var, need_space
 from steps.progress import watch
 from steps.run import Input, Outcome, StepSpec, Store, run_step
+from steps.step_tags import STEP, StepTag
 from steps.versions import DataVersion
 
 # The numbers that stand in the parent run's row, so that comparing pipelines is comparing rows.
@@ -321,11 +322,10 @@ class Experiment:
         }
         if row:
             tracking.append(self.folder, "metrics", step=0, values=row)
-        run_id = self.forwarder.run_id(artifact.path) or "not sent yet"
-        how = "reused" if outcome.reused else "run"
+        said = StepTag(artifact.key, self.forwarder.run_id(artifact.path) or "not sent yet", outcome.reused)
         alarms = artifact.facts.get("alarms", ())
         tags = {f"alarm.{alarm['name']}": f"{alarm['action']} in {name}: {alarm['message']}" for alarm in alarms}
-        tags[f"step.{name}"] = f"{how} {artifact.key}, MLflow run {run_id}"
+        tags[STEP + name] = str(said)
         tracking.append(self.folder, "tags", values=tags)
         self._forward(self.folder)
         self._say(name, "reused" if outcome.reused else "done", outcome.seconds, report.headline(name, artifact.facts))
@@ -415,7 +415,7 @@ class Experiment:
             "start": self._start.uri if self._start else "sft",
             registry.MET: self._met.version if self._met else "none",
             "verdict": " | ".join(verdict["reasons"]),
-            **{f"step.{name}": outcome.artifact.key for name, outcome in self.outcomes.items()},
+            **{STEP + name: outcome.artifact.key for name, outcome in self.outcomes.items()},
         }
         turn = [f"registering {self.recipe.name}"]  # else two runs of one recipe would both find nothing registered
         with locks.held(self.var.folder("locks"), turn, self.folder.name, lambda whom: None):

@@ -24,13 +24,14 @@ import pyarrow.parquet as pq
 
 from steps import batches, datasets, entries, registry, tracking, versions
 from steps.batches import FORGOTTEN, State
+from steps.changes import IDS
 from steps.errors import DataError, EnvironmentProblem
 from steps.paths import Var
 from steps.rows import chunks, hashes
+from steps.step_tags import step_names, step_tag
 
 TABLES = ("rows", "valid", "quarantine", "demonstrations", "preferences", "prompts", "gold")
 _ID = re.compile(r"[0-9a-f]{16}")
-IDS = ("row_id", "chosen_id", "rejected_id")  # columns of a table that name canonical rows
 ANSWERS = ("chosen", "rejected", "answer")
 
 Place = tuple[str, int]  # file and line of a record
@@ -270,14 +271,10 @@ def _learners(rows: Sequence[str], root: Path) -> tuple[list[Learner], list[str]
         known.append(Learner(run.name, model.model, model.aliases, model.learnt, model.because, _command(run)))
     known.sort(key=lambda one: (registry.CHAMPION not in one.aliases, -row_lineage.GRADES.index(one.learnt)))
     for run in runs.values():
-        steps = {name.removeprefix("step."): said.split()[1].rstrip(",") for name, said in _steps(run) if " " in said}
+        steps = {name: said.key for name in step_names(run.tags) if (said := step_tag(run.tags, name))}
         if because := [f"{step} {key[:12]}, {saw[step, key]}" for step, key in steps.items() if (step, key) in saw]:
             known.append(Learner(run.name, "", [], "", because, _command(run)))
     return known, list(dict.fromkeys(found.unknown))
-
-
-def _steps(run: tracking.Record) -> list[tuple[str, str]]:
-    return [(tag, said) for tag, said in run.tags.items() if tag.startswith("step.")]
 
 
 def _command(run: tracking.Record) -> str:

@@ -12,11 +12,11 @@ from trl.trainer import grpo_trainer, rloo_trainer
 
 from steps.artifact import Facts
 from steps.backbone import REFERENCE, REWARD, Scorer, active, add_adapter, linear_head, token_log_probs
-from steps.config import GRPO, RLOO
 from steps.implicit_rewards import HeldOut
 from steps.lm_head import labelled_lm_head
 from steps.models import ADAPTER, is_whole_model, load_policy, load_reward_model, load_tokenizer, score_head
 from steps.pairs import held_out_pairs
+from steps.policy_config import GRPO, RLOO
 from steps.reward_scorers import careful_scorer, members_of
 from steps.rollouts import (
     AnswerReward,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -55,10 +56,18 @@ class HeldOut:
             side: beta * (self._likelihoods(batches, log_probs) - self.reference[side])
             for side, batches in self.sides.items()
         }
-        chosen, rejected = rewards["chosen"].numpy(), rewards["rejected"].numpy()
-        return {
-            "eval_rewards/chosen": float(chosen.mean()),
-            "eval_rewards/rejected": float(rejected.mean()),
-            "eval_rewards/margins": float((chosen - rejected).mean()),
-            "eval_rewards/accuracies": pair_accuracy(chosen, rejected),
-        }
+        return held_out_rewards(rewards["chosen"].numpy(), rewards["rejected"].numpy())
+
+
+def held_out_rewards(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, float]:
+    """`eval_rewards/…`, over all held-out pairs; a tie counts ½.
+
+    Args:
+        chosen, rejected: (n,) rewards of the two sides.
+    """
+    return {
+        "eval_rewards/chosen": float(chosen.mean()),
+        "eval_rewards/rejected": float(rejected.mean()),
+        "eval_rewards/margins": float((chosen - rejected).mean()),
+        "eval_rewards/accuracies": pair_accuracy(chosen, rejected),
+    }

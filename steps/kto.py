@@ -17,15 +17,15 @@ from trl.trainer import kto_trainer
 
 from steps.artifact import Facts
 from steps.backbone import active, token_log_probs
-from steps.config import Relative
 from steps.dpo import pair_facts
 from steps.frozen_layers import remember_frozen_layers
 from steps.implicit_rewards import HeldOut
 from steps.lm_head import labelled_lm_head
 from steps.models import ADAPTER, checkpoint_files, frozen_depth, load_policy, load_tokenizer, save_weights
 from steps.pairs import COLUMNS, training_and_held_out
+from steps.policy_config import Relative
 from steps.tracking import Tracker
-from steps.training import LengthGroupedSampler, arguments, run_trainer
+from steps.training import AsksReference, LengthGroupedSampler, arguments, run_trainer
 from steps.warm_start import begin_at
 
 
@@ -56,21 +56,12 @@ class WholeBatches(Sampler[int]):
         yield from range(whole * self.batch, self.rows)
 
 
-class LabelledTrainer(KTOTrainer):
+class LabelledTrainer(AsksReference, KTOTrainer):
     """TRL's KTOTrainer on batches of like length that hold both labels; says how far the reference's pass is."""
-
-    def __init__(self, *args, tracker: Tracker, reference_batches: int, **kwargs) -> None:
-        self.tracker, self.reference_batches, self.referenced = tracker, reference_batches, 0
-        super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         return WholeBatches(len(rows), self.args.per_device_train_batch_size, self.args.seed)
-
-    def compute_ref_log_probs(self, model, inputs):
-        self.tracker.progress("reference", self.referenced, self.reference_batches)
-        self.referenced += 1
-        return super().compute_ref_log_probs(model, inputs)
 
 
 def labelled_rows(pairs: Dataset, batch: int, seed: int) -> Dataset:

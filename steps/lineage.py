@@ -7,8 +7,6 @@ to contradict; nothing is filled in.
 
 from __future__ import annotations
 
-import json
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -16,19 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from steps import data_lineage, provenance, registry, tracking
-from steps.artifact import MANIFEST, digest_json
-from steps.config import Recipe
 from steps.data_lineage import DataOrigin
-from steps.errors import EnvironmentProblem, PrefloopError, did_you_mean
-from steps.paths import Var
+from steps.errors import PrefloopError
+from steps.evidence import VERSION, Evidence
 from steps.registry import Version
+from steps.step_tags import STEP, step_names, step_tag
 from steps.tracking import Forwarder, Record
 
 SCHEMA = "prefloop.lineage/1"
 WATTS_PER_CORE = 10.0  # an assumption: a server's processor at full load, with its share of memory and losses
-_STEP = re.compile(r"^(?P<how>\w+) (?P<key>[0-9a-f]+), MLflow run (?P<run_id>.+)$")
-_VERSION = re.compile(r"^(?:models:/)?(?P<name>[^/@]+)[/@](?P<which>[^/@]+)$")
-_RUN_ID = re.compile(r"^[0-9a-f]{32}$")
 
 
 @dataclass(frozen=True)
@@ -159,142 +153,11 @@ def of_run(folder: Path, root: Path, forwarder: Forwarder, model: str, watts: fl
     if run is None:
         raise PrefloopError("a run has no journal", where=str(folder))
     evidence = Evidence(root, forwarder, local=True)
-    named = _VERSION.match(model)
+    named = VERSION.match(model)
     tags = {"run": folder.name}
     version = Version(named["name"], named["which"], forwarder.run_id(folder) or "", tags) if named else None
     ending = replace(run, run_id=forwarder.run_id(folder) or "", status="FINISHED", ended=int(time.time() * 1000))
     return build(ending, version, evidence, watts, thorough=False)
-
-
-class Evidence:
-    """Where to look for what is known of runs and steps.
-
-    Args:
-        local: look into this project's `var/` alone; so it becomes when the tracking server turns out to be away.
-
-    Attributes:
-        problem: why the server was not asked, where it should have been.
-    """
-
-    def __init__(self, root: Path, forwarder: Forwarder, local: bool = False) -> None:
-        self.root, self.forwarder, self.local = root, forwarder, local
-        self.var, self.problem = Var(root).path, ""
-
-    @property
-    def client(self) -> Any:
-        """MLflow's client."""
-        return self.forwarder.client
-
-    def subject(self, name: str) -> tuple[Record, Version | None]:
-        """The run, and the model version if there is one, that somebody names."""
-        folder = Path(name.rstrip("/")).name
-        if (record := self._journal(folder)) is not None:
-            return record, self._registered(record)
-        if _RUN_ID.match(name):
-            if (record := tracking.read_run(self.client, name)) is not None:
-                return record, self._registered(record)
-            raise PrefloopError(f"there is no MLflow run {name}", where=self.forwarder.uri)
-        if named := _VERSION.match(name):
-            version = registry.find(self.client, named["name"], named["which"])
-            return self._run_of(version), version
-        for record in tracking.find_runs(self.client, f"attributes.run_name = '{_quoted(folder)}'"):
-            return record, self._registered(record)
-        runs = [path.name for path in (self.var / "runs").iterdir()] if (self.var / "runs").is_dir() else []
-        raise PrefloopError(
-            f"there is no model version and no run '{name}'",
-            where=self.forwarder.uri,
-            have=did_you_mean(name, runs) if runs else "no run at all",
-            then="name NAME@champion, NAME/VERSION, a folder of var/runs, or an MLflow run id",
-        )
-
-    def _journal(self, name: str) -> Record | None:
-        """A run of this project by its folder; MLflow's account of it where there is one, for people may add tags."""
-        folder = self.var / "runs" / name
-        record = tracking.record_of(folder) if name and folder.is_dir() else None
-        if record is None:
-            return None
-        if run_id := self.forwarder.run_id(folder):
-            try:
-                return tracking.read_run(self.client, run_id) or replace(record, run_id=run_id)
-            except EnvironmentProblem as error:
-                self._do_without(error)
-                return replace(record, run_id=run_id)
-        return record
-
-    def _do_without(self, error: EnvironmentProblem) -> None:
-        self.local, self.problem = True, f"{error.what} ({error.where}), so not what it alone knows"
-
-    def _registered(self, record: Record) -> Version | None:
-        named = _VERSION.match(record.tags.get("model", ""))
-        if not named or self.local:
-            return None
-        try:
-            return registry.find(self.client, named["name"], named["which"])
-        except EnvironmentProblem as error:
-            self._do_without(error)
-        except PrefloopError:  # it was deleted
-            pass
-        return None
-
-    def _run_of(self, version: Version) -> Record:
-        if (record := tracking.read_run(self.client, version.run_id)) is not None:
-            return record
-        if (record := self._journal(version.tags.get("run", ""))) is not None:
-            return record
-        return Record(version.tags.get("run") or version.run_id, version.run_id, source="the version's tags")
-
-    def manifests(self, name: str, key: str, run_id: str) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
-        """The manifests of a step that can be had, by where they lie, and what is wrong with others."""
-        texts = {}
-        path = self.var / "store" / f"{name}-{key}" / MANIFEST
-        if path.is_file():
-            texts["the store"] = path.read_text(encoding="utf-8", errors="replace")
-        if not self.local and _RUN_ID.match(run_id):
-            text = tracking.read_artifact(self.client, run_id, MANIFEST)
-            if text is not None:
-                texts["MLflow"] = text
-        sound, wrong = [], []
-        for where, text in texts.items():
-            manifest, problem = checked(text, name, key)
-            if problem:
-                wrong.append(f"the manifest of {name} in {where} {problem}")
-            else:
-                sound.append((where, manifest))
-        if len(sound) == 2 and _made(sound[0][1]) != _made(sound[1][1]):
-            wrong.append(f"the manifest of {name} in the store is not the one MLflow holds")
-        return sound[::-1], wrong  # MLflow's first: it was sent away when the step was done
-
-    def step_record(self, name: str, key: str, run_id: str) -> Record | None:
-        """What was written down about a step while it ran."""
-        if not self.local and _RUN_ID.match(run_id):
-            return tracking.read_run(self.client, run_id)
-        return tracking.record_of(self.var / "store" / f"{name}-{key}")
-
-    def artifact(self, run: Record, name: str) -> str | None:
-        """The text of a run's file, from its folder or from MLflow."""
-        path = self.var / "runs" / run.name / name
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-        return None if self.local or not run.run_id else tracking.read_artifact(self.client, run.run_id, name)
-
-
-def checked(text: str, kind: str, key: str) -> tuple[dict[str, Any], str]:
-    """A manifest, and what is wrong with it: it must be of that step and that key, and its digest that of its files."""
-    try:
-        manifest = dict(json.loads(text))
-        files, digest = dict(manifest["files"]), manifest["digest"]
-        inputs, facts = dict(manifest["inputs"]), dict(manifest["facts"])
-    except (ValueError, TypeError, KeyError) as error:
-        return {}, f"cannot be read ({type(error).__name__}: {error})"
-    if manifest.get("kind") != kind or manifest.get("key") != key:
-        return {}, f"is of {manifest.get('kind')} {manifest.get('key')}, not of {kind} {key}"
-    if digest_json(files) != digest:
-        return {}, "has been changed: its digest is not that of the files it lists"
-    return {**manifest, "inputs": inputs, "facts": facts}, ""
-
-
-def _quoted(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("'", "\\'")
 
 
 # -- building the graph ------------------------------------------------------------------------------------------
@@ -357,16 +220,15 @@ def _steps(
     found: dict[str, _Step] = {}
     # A run that made a policy anew that was registered before shares the version, but not the gate's step, say.
     registered = version.tags if version and version.run_id == run.run_id else {}
-    named = sorted(tag.removeprefix("step.") for tag in {*run.tags, *registered} if tag.startswith("step."))
-    for name in dict.fromkeys([*(step for step in Recipe.STEPS if step in named), *named]):
-        said = _STEP.match(run.tags.get(f"step.{name}", ""))
-        key = said["key"] if said else registered.get(f"step.{name}")
+    for name in step_names({*run.tags, *registered}):
+        said = step_tag(run.tags, name)
+        key = said.key if said else registered.get(STEP + name)
         if not key:
             continue
-        other = registered.get(f"step.{name}", key)
+        other = registered.get(STEP + name, key)
         if other != key:
             wrong.append(f"the run says that {name} is {key}, the registered version says {other}")
-        step = found[name] = _Step(name, key, said["run_id"] if said else "", bool(said and said["how"] == "reused"))
+        step = found[name] = _Step(name, key, said.run_id if said else "", said is not None and said.reused)
         manifests, problems = evidence.manifests(name, key, step.run_id)
         wrong += problems
         if manifests:
@@ -507,13 +369,11 @@ def _made_elsewhere(role: str, digest: str, run: Record, version: Version | None
 
 
 def _check_policy(steps: Mapping[str, _Step], version: Version | None, wrong: list[str]) -> None:
-    """The adapter that was registered must be the policy step's (`registry.adapter_digest`, from the manifest)."""
+    """The adapter that was registered must be the policy step's."""
     registered = version.tags.get("policy_digest") if version else None
     manifest = steps["policy"].manifest if "policy" in steps else {}
-    if registered and manifest:
-        files = {name: digest for name, digest in manifest["files"].items() if name.startswith("adapter/")}
-        if digest_json(files) != registered:
-            wrong.append("the registered weights are not those the policy step's manifest lists")
+    if registered and manifest and registry.adapter_digest_of(manifest["files"]) != registered:
+        wrong.append("the registered weights are not those the policy step's manifest lists")
 
 
 def _verdict(run: Record, version: Version | None, steps: Mapping[str, _Step]) -> dict[str, Any]:
@@ -568,9 +428,3 @@ def _run_facts(run: Record, evidence: Evidence, unknown: list[str]) -> dict[str,
     if not facts["recipe"]:
         unknown.append("recipe.yaml of the run can be had neither from its folder nor from MLflow")
     return facts
-
-
-def _made(manifest: Any) -> dict[str, Any]:
-    """What a manifest says but for the time it took: a step that is run again makes the same in another time."""
-    said = manifest if isinstance(manifest, dict) else vars(manifest)
-    return {name: value for name, value in said.items() if name not in ("seconds", "cpu_seconds", "path")}

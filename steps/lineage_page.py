@@ -15,13 +15,13 @@ from typing import Any
 
 from jinja2 import Environment
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
 from steps import report, tracking
 from steps.data_lineage import WORK_TREE
 from steps.lineage import Lineage, Node, of_run, total
+from steps.report import plain
 from steps.tracking import Forwarder
 
 JSON, DRAWING = "lineage.json", "lineage.svg"
@@ -42,11 +42,6 @@ def leave(folder: Path, root: Path, forwarder: Forwarder, model: str) -> None:
             tracking.append(folder, "artifact", path=name)
     except Exception as error:  # the model is registered; how it is described must not undo that
         tracking.append(folder, "tags", values={"lineage": f"not written: {type(error).__name__}: {error}"})
-
-
-def _plain(text: str) -> str:
-    """Text that steers neither rich nor the terminal."""
-    return escape(report.printable(text))
 
 
 # -- the tree ----------------------------------------------------------------------------------------------------
@@ -72,7 +67,7 @@ def print_lineage(out: Console, lineage: Lineage) -> None:
         if sentences:
             out.print(f"\n[{style}]{title}[/]", highlight=False)
             for sentence in sentences:
-                out.print(f"  {_plain(sentence)}", highlight=False)
+                out.print(f"  {plain(sentence)}", highlight=False)
 
 
 def _add(tree: Tree, role: str, node: Node, lineage: Lineage, shown: set[str]) -> None:
@@ -82,13 +77,13 @@ def _add(tree: Tree, role: str, node: Node, lineage: Lineage, shown: set[str]) -
         tree.add(f"{name} [dim](above)[/]")
         return
     shown.add(node.id)
-    branch = tree.add("\n".join([name, *(f"[dim]{_plain(line)}[/]" for line in lines[1:])]))
+    branch = tree.add("\n".join([name, *(f"[dim]{plain(line)}[/]" for line in lines[1:])]))
     for further, source in lineage.made_from(node.id):
         _add(branch, further, source, lineage, shown)
 
 
 def _line(first: str, second: str = "") -> str:
-    return f"[bold]{_plain(first)}[/]" + (f" [dim]{_plain(second)}[/]" if second else "")
+    return f"[bold]{plain(first)}[/]" + (f" [dim]{plain(second)}[/]" if second else "")
 
 
 def _head(node: Node, lineage: Lineage) -> tuple[str, str]:
@@ -153,7 +148,7 @@ def _run_branch(lineage: Lineage) -> str:
     facts = lineage.run
     lines = [_line(f"run {facts['name']}", _when(facts))]
     for title, said in run_lines(facts):
-        lines.append(f"[dim]{title:<9}[/] {_plain(said)}")
+        lines.append(f"[dim]{title:<9}[/] {plain(said)}")
     return "\n".join(lines)
 
 
@@ -191,7 +186,7 @@ def _verdict_branch(lineage: Lineage) -> str:
     verdict = lineage.verdict
     word = {True: "promoted", False: "kept back", None: NOT_KNOWN}[verdict["promote"]]
     reasons = verdict["reasons"] or ()
-    return "\n".join([_line("verdict", word), *(f"[dim]{_plain(str(reason))}[/]" for reason in reasons)])
+    return "\n".join([_line("verdict", word), *(f"[dim]{plain(str(reason))}[/]" for reason in reasons)])
 
 
 def _costs(lineage: Lineage) -> Table:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from steps.artifact import Facts
 from steps.backbone import Rows
-from steps.config import Relative
 from steps.dpo import LengthGroupedDPOTrainer, learn_from_pairs
 from steps.pair_losses import calibration_loss, conservative_loss, cpo_loss, orpo_loss, simpo_loss, slic_loss
 from steps.pairs import training_and_held_out
+from steps.policy_config import Relative
 from steps.trainer_fields import REFERENCE_FREE
 
 TARGET = ("target_prompt_ids", "target_ids")  # columns of a training pair: an answer to imitate beside it

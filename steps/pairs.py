@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 from datasets import Dataset
 
-from steps.config import Pairs
 from steps.errors import DataError
+from steps.sections import Pairs
 from steps.training import even_batches
 
 COLUMNS = ["prompt", "chosen", "rejected"]

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from steps import alarms
-from steps.config import RELATIVES, Recipe, Section
+from steps.config import Recipe
+from steps.policy_config import RELATIVES
 from steps.run import Input, StepSpec
+from steps.sections import Section
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer import grpo_trainer
 
 from steps.artifact import Facts
-from steps.backbone import CRITIC, REFERENCE, REWARD, Scorer, add_adapter, answer_tokens, linear_head, plain
-from steps.config import PPO
+from steps.backbone import CRITIC, REFERENCE, REWARD, Scorer, add_adapter, demonstration_tokens, linear_head, plain
 from steps.frozen_layers import FrozenLayers, remember_frozen_layers
 from steps.implicit_rewards import HeldOut
 from steps.lm_head import add_labelled_lm_head, labelled_lm_head
@@ -30,6 +28,7 @@ from steps.models import (
     score_head,
 )
 from steps.pairs import held_out_pairs
+from steps.policy_config import PPO
 from steps.ppo_trainer import Moments, PPOConfig, PPOTrainer
 from steps.reward_model import Reading
 from steps.reward_scorers import careful_scorer, members_of
@@ -98,7 +97,7 @@ def tune_policy(
             ppo=ppo,
             moments=moments,
             reference=models.reference,
-            demonstrations=tokenised(demonstrations, tokenizer) if ppo.ptx_coefficient else None,
+            demonstrations=demonstration_tokens(tokenizer, demonstrations) if ppo.ptx_coefficient else None,
             memories=memories,
             args=args,
             train_dataset=prompt_rows(prompts),
@@ -207,9 +206,3 @@ def remembered(models: Models) -> list[FrozenLayers]:
         depths = [frozen_depth(config, model.config.num_hidden_layers) for config in adapters.values()]
         found.append(remember_frozen_layers(model, min(depths, default=0)))
     return [memory for memory in found if memory is not None]
-
-
-def tokenised(demonstrations: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and completions as tokens, the latter with their end."""
-    rows = pd.read_parquet(demonstrations, columns=["prompt", "completion"])
-    return answer_tokens(tokenizer, list(rows["prompt"]), list(rows["completion"]))

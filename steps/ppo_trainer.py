@@ -23,10 +23,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from steps.advantages import KLController, explained_variance, gae, masked_mean, token_rewards, whiten
 from steps.backbone import REFERENCE, Rows, Scorer, active, token_log_probs
-from steps.config import PPO
 from steps.errors import StepFailed
 from steps.frozen_layers import FrozenLayers
 from steps.losses import clipped, clipped_policy_loss, clipped_value_loss, k3
+from steps.policy_config import PPO
 from steps.rollouts import AnswerReward, OnPolicyTrainer
 
 CRITIC_FILE, STATE_FILE = "critic.safetensors", "ppo.json"

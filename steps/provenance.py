@@ -14,6 +14,7 @@ from pathlib import Path
 
 from steps import code, pipeline
 from steps.config import Recipe
+from steps.launch import thread_environment
 
 CODE = ("steps", "flows", "dvc.yaml", "pyproject.toml", "constraints.txt")  # what can change a result
 CLEAN = "clean"
@@ -36,6 +37,7 @@ def describe(recipe: Recipe, text: str) -> dict[str, str]:
         "prefloop.seed": str(recipe.seed),
         "prefloop.recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "prefloop.packages": f"{len(installed)} packages, sha256 {_sha256(installed)[:16]}",
+        "prefloop.threads": {**os.environ, **thread_environment(recipe.launch.threads)}["OMP_NUM_THREADS"],
         **{f"prefloop.{name}": value for name, value in hardware().items()},
         **{f"code.{name}": code.code_digest(pipeline.module_of(name, recipe))[:16] for name in recipe.STEPS},
     }

@@ -11,11 +11,11 @@ from pathlib import Path
 from steps.artifact import MANIFEST, Artifact, digest_json, open_artifact
 from steps.dead_runs import is_folder
 from steps.errors import PrefloopError
-from steps.registry import Version
+from steps.registry import Version, adapter_digest_of
 from steps.run import PARTIAL, StepSpec
+from steps.step_tags import STEP, step_names, step_tag
 
 SPEC = "spec.json"
-STEP_TAG = "step."  # of runs and of model versions: which artifact a step came to
 
 
 @dataclass
@@ -69,9 +69,10 @@ class Shelf:
     def of_version(self, version: Version) -> set[str]:
         """What a registered version was made of and judged by, as far as it is here."""
         tags = version.tags
-        names = {f"{tag.removeprefix(STEP_TAG)}-{key}" for tag, key in tags.items() if tag.startswith(STEP_TAG)}
+        names = {f"{name}-{tags[STEP + name]}" for name in step_names(tags)}
         names |= {f"evaluate-{tags.get('evaluation')}"} | self.with_digest(tags.get("base_digest"))
-        names |= {name for name, artifact in self.whole.items() if _adapter(artifact) == tags.get("policy_digest")}
+        policies = {name: artifact for name, artifact in self.whole.items() if artifact.kind == "policy"}
+        names |= {name for name, one in policies.items() if adapter_digest_of(one.files) == tags.get("policy_digest")}
         return names
 
     def needed(self, roots: Mapping[str, str], folders: Iterable[tuple[Path, str]]) -> dict[str, str]:
@@ -101,11 +102,10 @@ def read_spec(folder: Path) -> StepSpec | None:
 
 
 def keys_of(tags: Mapping[str, str]) -> Iterator[str]:
-    """Names of the artifacts a run says it made or reused, from its tags `step.NAME: run KEY, MLflow run …`."""
-    for tag, value in tags.items():
-        words = value.replace(",", " ").split()
-        if tag.startswith(STEP_TAG) and len(words) > 1:
-            yield f"{tag.removeprefix(STEP_TAG)}-{words[1]}"
+    """Names of the artifacts a run says it made or reused."""
+    for name in step_names(tags):
+        if said := step_tag(tags, name):
+            yield f"{name}-{said.key}"
 
 
 def _checked(folder: Path) -> Artifact:
@@ -125,9 +125,3 @@ def _checked(folder: Path) -> Artifact:
     if spec is not None and {name: given.digest for name, given in spec.inputs.items()} != dict(artifact.inputs):
         raise PrefloopError("tampered", have="its manifest and its spec name different inputs")
     return artifact
-
-
-def _adapter(artifact: Artifact) -> str | None:
-    """The digest a version of this policy is registered with (`registry.adapter_digest`), from the manifest alone."""
-    files = {name: digest for name, digest in artifact.files.items() if name.startswith("adapter/")}
-    return digest_json(files) if artifact.kind == "policy" else None

@@ -11,18 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from steps import data_lineage, provenance, tracking, versions
-from steps.artifact import digest_file, digest_json
-from steps.config import Recipe
+from steps import data_lineage, provenance, registry, tracking, versions
+from steps.artifact import digest_file
 from steps.errors import PrefloopError
+from steps.evidence import Evidence
 from steps.experiment import flat
-from steps.lineage import Evidence
+from steps.step_tags import STEP, step_names, step_tag
 from steps.tracking import Forwarder, Record
-
-_STEP = re.compile(r"^\w+ (?P<key>[0-9a-f]+), MLflow run (?P<run_id>.+)$")
-_MACHINE = re.compile(r"^(?P<processor>\S+), (?P<cores>\d+) cores")
 
 
 @dataclass(frozen=True)
@@ -91,16 +86,19 @@ def original(subject: str, root: Path, forwarder: Forwarder) -> Original:
     if recipe is None:
         raise _too_little(run, "its recipe is neither in var/runs nor among MLflow's artifacts")
     problems = _recipe_problems(recipe, tags)
-    threads = _threads_said(recipe)
     steps = {}
-    for name in _steps_of(tags):
-        said = _STEP.match(run.tags.get(f"step.{name}", ""))
-        key, run_id = (said["key"], said["run_id"]) if said else (tags[f"step.{name}"], "")
-        steps[name] = _step_then(name, key, run_id, run, evidence, threads)
+    for name in step_names(tags):
+        said = step_tag(run.tags, name)
+        key, run_id = (said.key, said.run_id) if said else (tags[STEP + name], "")
+        steps[name] = _step_then(name, key, run_id, run, evidence)
     if not steps:
         raise _too_little(run, "no step of it was finished")
     policy = steps["policy"].manifest if "policy" in steps else {}
-    if version is not None and policy and _adapter_digest(policy) != version.tags.get("policy_digest"):
+    if (
+        version is not None
+        and policy
+        and registry.adapter_digest_of(policy["files"]) != version.tags.get("policy_digest")
+    ):
         problems.append(f"the policy's manifest is not of the adapter that {version.uri} was registered with")
     tables = {str(one["name"]).rpartition("/")[2]: str(one["md5"]) for one in run.datasets}
     if not tags.get("data") or not tables:
@@ -147,12 +145,7 @@ def _recipe_problems(recipe: str, tags: Mapping[str, str]) -> list[str]:
     return [f"recipe.yaml is not the one that was run: sha256 {found[:12]}, not {said[:12]}"]
 
 
-def _steps_of(tags: Mapping[str, str]) -> list[str]:
-    names = {tag.removeprefix("step.") for tag in tags if tag.startswith("step.")}
-    return [name for name in Recipe.STEPS if name in names] + sorted(names - set(Recipe.STEPS))
-
-
-def _step_then(name: str, key: str, run_id: str, run: Record, evidence: Evidence, threads: int | None) -> StepThen:
+def _step_then(name: str, key: str, run_id: str, run: Record, evidence: Evidence) -> StepThen:
     sound, problems = evidence.manifests(name, key, run_id)
     manifest = sound[0][1] if sound else {}
     stored = evidence.var / "store" / f"{name}-{key}"
@@ -168,7 +161,7 @@ def _step_then(name: str, key: str, run_id: str, run: Record, evidence: Evidence
         settings = settings or settings_of(spec["seed"], spec["config"])
     if digest := run.tags.get(f"code.{name}"):
         settings["code"] = digest
-    return StepThen(name, key, manifest, settings, _surroundings(doer.tags, threads), problems)
+    return StepThen(name, key, manifest, settings, _surroundings(doer.tags), problems)
 
 
 def _tampered(stored: Path, manifest: Mapping[str, Any]) -> list[str]:
@@ -189,29 +182,16 @@ def settings_of(seed: Any, config: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in flat({"seed": seed, **config}).items()}
 
 
-def _threads_said(recipe: str) -> int | None:
-    with suppress(yaml.YAMLError, AttributeError):  # whoever runs the recipe will say what is wrong with it
-        return (yaml.safe_load(recipe).get("launch") or {}).get("threads")
-    return None
-
-
-def _surroundings(tags: Mapping[str, str], threads: int | None) -> dict[str, str]:
-    """What a step ran with; as many threads as the recipe says, else as there were cores."""
-    machine = _MACHINE.match(tags.get("prefloop.machine", ""))
-    cores = re.sub(r"\D.*", "", tags.get("prefloop.cores", "")) or (machine["cores"] if machine else "")
+def _surroundings(tags: Mapping[str, str]) -> dict[str, str]:
+    """What a step ran with, as far as its run says."""
     found = {
         "libraries": tags.get("prefloop.libraries", ""),
         "processor": tags.get("prefloop.processor", ""),
-        "architecture": machine["processor"] if machine else "",
-        "threads": str(threads or cores),
+        "architecture": tags.get("prefloop.machine", "").partition(",")[0],
+        "threads": tags.get("prefloop.threads", ""),
         "gpus": tags.get("prefloop.gpus", ""),
     }
     return {name: value for name, value in found.items() if value}
-
-
-def _adapter_digest(manifest: Mapping[str, Any]) -> str:
-    """As `registry.adapter_digest`, from a manifest."""
-    return digest_json({name: sha for name, sha in manifest["files"].items() if name.startswith("adapter/")})
 
 
 def _revision(name: str, tables: Mapping[str, str], recorded: str, root: Path) -> str:
@@ -220,12 +200,9 @@ def _revision(name: str, tables: Mapping[str, str], recorded: str, root: Path) -
     Raises:
         PrefloopError: neither git's history nor the work tree knows them.
     """
-    head = recorded.rstrip("+") if recorded != "no git" else ""
-    for revision in [*([head] if head else []), *data_lineage.revisions(root), ""]:
-        with suppress(PrefloopError):
-            known = versions.outputs(name, root, revision)
-            if all(known.get(f"{table}.parquet") == md5 for table, md5 in tables.items()):
-                return revision
+    found = data_lineage.revision_of(name, tables, "" if recorded == "no git" else recorded, root)
+    if found is not None:
+        return found
     raise PrefloopError(
         f"the data version of that run is gone: no dvc.lock names its tables of '{name}'",
         where="git's history of dvc.lock, and the work tree",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+WEIGHTS = "adapter/"  # where a policy's files are that are its weights
 MET = "met"  # tag of a version: the champion it was judged against
 AUDIT = "audit."  # tags of the registered model: one for each change of champion
 ROLLED_BACK = "rolled_back"  # tag of a version that was champion and that people took down
@@ -322,5 +323,10 @@ def fetch_adapter(client: MlflowClient, version: Version, into: Path) -> Path:
 
 def adapter_digest(folder: Path) -> str:
     """Over the names and bytes of a policy's weights, whatever notes stand beside them."""
-    files = {name: path for name, path in payload(folder).items() if name.startswith("adapter/")}
-    return digest_json({name: digest_file(path) for name, path in files.items()})
+    files = {name: path for name, path in payload(folder).items() if name.startswith(WEIGHTS)}
+    return adapter_digest_of({name: digest_file(path) for name, path in files.items()})
+
+
+def adapter_digest_of(files: Mapping[str, str]) -> str:
+    """The same, from the digests of a policy's files as its manifest has them."""
+    return digest_json({name: digest for name, digest in files.items() if name.startswith(WEIGHTS)})

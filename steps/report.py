@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from steps.config import RELATIVES
+from steps.policy_config import RELATIVES
 
 if TYPE_CHECKING:
     from steps.run import Outcome
@@ -181,6 +181,23 @@ def judge_in_words(measured: Mapping[str, Any]) -> str:
 def printable(text: str) -> str:
     """A model's words without what steers a terminal."""
     return "".join(letter if letter.isprintable() else " " for letter in text).strip()
+
+
+def plain(text: str) -> str:
+    """Text that steers neither rich nor the terminal."""
+    return escape(printable(text))
+
+
+def plain_table(*titles: str, right: Sequence[str] = ()) -> Table:
+    """A table without lines, whose cells fold rather than being cut.
+
+    Args:
+        right: titles of columns of numbers.
+    """
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in titles:
+        table.add_column(title, justify="right" if title in right else "left", overflow="fold")
+    return table
 
 
 def examples(completions: Path, count: int = EXAMPLES) -> list[dict[str, str]]:

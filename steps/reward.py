@@ -19,6 +19,7 @@ from trl import RewardConfig
 from steps.artifact import Facts
 from steps.calibration import accuracy_by, calibration
 from steps.config import Lora, Reward
+from steps.implicit_rewards import held_out_rewards
 from steps.intervals import bootstrap_interval, score_interval
 from steps.models import (
     ADAPTER,
@@ -100,7 +101,7 @@ def train_reward(
     differences = np.stack([chosen - rejected for chosen, rejected in sides])
     pairs = with_known(material.pairs, differences)
     pairs.to_parquet(out / HELD_OUT, index=False)
-    found = of_pairs(np.mean(sides, axis=0))
+    found = held_out_rewards(*np.mean(sides, axis=0))
     if reward.loss != "bradley_terry" or reward.ensemble > 1:  # the trainer told means over batches, of one member
         tracker.metrics(found, trainer.state.global_step)
     return {
@@ -258,21 +259,6 @@ def with_known(pairs: pd.DataFrame, differences: np.ndarray) -> pd.DataFrame:
     if len(differences) > 1:
         pairs["disagreement"] = disagreement(differences)
     return pairs
-
-
-def of_pairs(sides: np.ndarray) -> dict[str, float]:
-    """What a trainer tells of held-out pairs, over all of them; a tie counts ½.
-
-    Args:
-        sides: (2, n) rewards of the chosen and the rejected ones.
-    """
-    chosen, rejected = sides
-    return {
-        "eval_rewards/accuracies": float((1 + np.sign(chosen - rejected)).mean() / 2),
-        "eval_rewards/chosen": float(chosen.mean()),
-        "eval_rewards/margins": float((chosen - rejected).mean()),
-        "eval_rewards/rejected": float(rejected.mean()),
-    }
 
 
 def accuracy(pairs: pd.DataFrame, seed: int) -> Facts:

@@ -18,11 +18,11 @@ from trl.trainer.utils import RepeatSampler
 
 from steps.artifact import Facts
 from steps.backbone import Rows, Scorer, load_adapter, merged
-from steps.config import GRPO, PPO, RLOO, OnPolicy
 from steps.errors import DataError, StepFailed
 from steps.frozen_layers import FrozenLayers
 from steps.implicit_rewards import HeldOut
 from steps.models import checkpoint_files, save_weights
+from steps.policy_config import GRPO, PPO, RLOO, OnPolicy
 from steps.sampling import draw_tokens, uniforms_of
 from steps.tracking import Tracker
 from steps.training import arguments, run_trainer

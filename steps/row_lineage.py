@@ -12,24 +12,22 @@ from typing import Any
 import pandas as pd
 import yaml
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from steps import registry, tracking, versions
 from steps.artifact import digest_file
-from steps.changes import PLACE, read
-from steps.data_lineage import WORK_TREE, digest_of, revisions
+from steps.changes import IDS, PLACE, read
+from steps.data_lineage import WORK_TREE, revisions
 from steps.errors import DataError, PrefloopError
-from steps.lineage import Evidence
+from steps.evidence import Evidence
 from steps.pipeline import TABLES
 from steps.rankings import whole_groups
 from steps.registry import Version
-from steps.report import printable
+from steps.report import plain, plain_table
+from steps.step_tags import STEP, step_names, step_tag
 from steps.tracking import Forwarder, Record
 
 SCHEMA = "prefloop.rows/1"
 ALL_ROWS = "rows"  # the table of every row that was read, with its place
-IDS = ("row_id", "chosen_id", "rejected_id")  # columns of a table that name rows
 CONTENT = ("prompt", "chosen", "rejected", "answer")
 TRAINED, ASKED, FITTED, MEASURED = "trained on", "asked in training", "judge fitted on", "measured on"
 UNUSED, UNCLEAR = "in the table it read, not used", "in the table it read"
@@ -168,11 +166,10 @@ History = dict[str, dict[str, dict[str, str]]]  # dataset → revision → table
 
 def _history(root: Path) -> History:
     """Every table of every dataset, of the work tree and of every commit that changed `dvc.lock`."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     found: History = {}
     for revision in ["", *revisions(root)]:
         try:
-            stages = yaml.load(versions.text(Path("dvc.lock"), root, revision), loader)["stages"]  # noqa: S506  (a safe one)
+            stages = versions.stages(root, revision)
         except (FileNotFoundError, PrefloopError, yaml.YAMLError, KeyError, TypeError):
             continue
         for name in {stage.partition("@")[2] for stage in stages if stage.startswith("split@")}:
@@ -321,7 +318,7 @@ def _versions(history: History, held: set[tuple[str, str]]) -> dict[str, list[tu
     for name, by_revision in history.items():
         for revision, tables in by_revision.items():
             if any((name, md5) in held for md5 in tables.values()):
-                digest = digest_of({table: md5 for table, md5 in tables.items() if table in TABLES})
+                digest = versions.digest_of({table: md5 for table, md5 in tables.items() if table in TABLES})
                 found.setdefault(name, []).append((digest, revision))
     return found
 
@@ -468,8 +465,8 @@ def _models(steps: Sequence[StepSaw], evidence: Evidence, unknown: list[str]) ->
     for version in sorted(known, key=_number):  # an earlier model first: a later one may begin at it
         reasons, grade = [], "no"
         weights, starts = made_of[version.uri]
-        for name in sorted(tag.removeprefix("step.") for tag in version.tags if tag.startswith("step.")):
-            for step in saw.get((name, version.tags[f"step.{name}"]), []):
+        for name in sorted(step_names(version.tags)):
+            for step in saw.get((name, version.tags[STEP + name]), []):
                 said = _uses(step)
                 reasons.append(f"{name} {step.key[:12]}, {step.table}: {said}")
                 if name in weights:
@@ -505,9 +502,9 @@ def _made_of(version: Version, evidence: Evidence, unknown: list[str]) -> tuple[
     run = tracking.read_run(evidence.client, version.run_id)
     digests: dict[str, str] = {}
     inputs: dict[str, Mapping[str, str]] = {}
-    for name in [tag.removeprefix("step.") for tag in version.tags if tag.startswith("step.")]:
-        said = (run.tags.get(f"step.{name}", "") if run else "").rpartition(" ")[2]
-        manifests, _ = evidence.manifests(name, version.tags[f"step.{name}"], said)
+    for name in step_names(version.tags):
+        said = step_tag(run.tags, name) if run else None
+        manifests, _ = evidence.manifests(name, version.tags[STEP + name], said.run_id if said else "")
         if manifests:
             digests[manifests[0][1]["digest"]] = name
             inputs[name] = manifests[0][1]["inputs"]
@@ -516,7 +513,7 @@ def _made_of(version: Version, evidence: Evidence, unknown: list[str]) -> tuple[
     while pending:
         name = pending.pop()
         if name not in inputs:
-            if f"step.{name}" in version.tags:
+            if STEP + name in version.tags:
                 unknown.append(f"{version.uri}: the manifest of {name} is gone, so every training step counts")
             return {"sft", "reward", "policy"}, starts
         for digest in inputs[name].values():
@@ -537,11 +534,11 @@ def print_rows(out: Console, found: RowLineage) -> None:
     out.print(f"[bold]{len(found.rows):,} {'row' if len(found.rows) == 1 else 'rows'}[/]", highlight=False)
     for row, places in list(found.rows.items())[:5]:
         said = "; ".join(f"{p['dataset']}, {p['file']} line {p['line']}" for p in places[:3])
-        out.print(f"  {_plain(row)}  {_plain(said)}", highlight=False)
+        out.print(f"  {plain(row)}  {plain(said)}", highlight=False)
     if len(found.rows) > 5:
         out.print(f"  … and {len(found.rows) - 5:,} more", highlight=False)
     out.print()
-    listed = _table("dataset", "table", "rows", "md5", "found by", "in the versions of")
+    listed = plain_table("dataset", "table", "rows", "md5", "found by", "in the versions of", right=("rows",))
     for seen in found.sightings:
         at = [revision[:12] for revision in seen.revisions]
         more = f" and {len(at) - 2} more" if len(at) > 2 else ""
@@ -550,40 +547,29 @@ def print_rows(out: Console, found: RowLineage) -> None:
         )
     out.print(listed if found.sightings else "no table holds them: they were only ever read")
     out.print()
-    steps = _table("step", "key", "read", "what became of the rows", "MLflow run")
+    steps = plain_table("step", "key", "read", "what became of the rows", "MLflow run")
     for step in found.steps:
         uses = _uses(step)
-        steps.add_row(step.step, step.key[:12], _plain(step.table), uses, step.run_id[:12])
+        steps.add_row(step.step, step.key[:12], plain(step.table), uses, step.run_id[:12])
     out.print(steps if found.steps else "no step that MLflow knows read such a table")
     out.print()
-    models = _table("model", "alias", "learnt from them", "because")
+    models = plain_table("model", "alias", "learnt from them", "because")
     for model in found.models:
         style = {"yes": "bold red", "maybe": "yellow", "no": "green"}[model.learnt]
         models.add_row(
-            _plain(model.model),
+            plain(model.model),
             ", ".join(model.aliases),
             f"[{style}]{model.learnt}[/]",
-            "\n".join(map(_plain, model.because)),
+            "\n".join(map(plain, model.because)),
         )
     out.print(models if found.models else "no model version stands on such a step")
     if found.unknown:
         out.print("\n[yellow]not known[/]", highlight=False)
         for sentence in dict.fromkeys(found.unknown):
-            out.print(f"  {_plain(sentence)}", highlight=False)
+            out.print(f"  {plain(sentence)}", highlight=False)
 
 
 def _uses(step: StepSaw) -> str:
     """What became of the rows; how many of them, where it is not one."""
     many = sum(step.uses.values()) > 1
     return ", ".join(f"{count:,} {use}" if many else use for use, count in sorted(step.uses.items()))
-
-
-def _table(*titles: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in titles:
-        table.add_column(title, overflow="fold", justify="right" if title == "rows" else "left")
-    return table
-
-
-def _plain(text: str) -> str:
-    return escape(printable(text))

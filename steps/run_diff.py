@@ -11,14 +11,14 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from steps import changes, lineage, provenance, versions
 from steps.data_lineage import WORK_TREE
 from steps.errors import PrefloopError
+from steps.evidence import Evidence
 from steps.experiment import HEADLINES, PREFIX, flat
-from steps.lineage import Evidence, Lineage
-from steps.report import printable
+from steps.lineage import Lineage
+from steps.report import plain, plain_table
 from steps.tracking import Forwarder, Record
 
 SCHEMA = "prefloop.diff/1"
@@ -233,7 +233,7 @@ def _interval(side: Side, step: str, name: str) -> list[float] | None:
 
 def print_difference(out: Console, found: Difference) -> None:
     """Part by part; a part in which the two are the same is one line."""
-    out.print(f"[bold]{_plain(found.runs[0])} → {_plain(found.runs[1])}[/]", highlight=False)
+    out.print(f"[bold]{plain(found.runs[0])} → {plain(found.runs[1])}[/]", highlight=False)
     _print_data(out, found.data)
     _print_values(out, "recipe", found.recipe)
     _print_code(out, found.code)
@@ -247,7 +247,7 @@ def print_difference(out: Console, found: Difference) -> None:
     if found.unknown:
         out.print("\n[yellow]not known[/]", highlight=False)
         for sentence in found.unknown:
-            out.print(f"  {_plain(sentence)}", highlight=False)
+            out.print(f"  {plain(sentence)}", highlight=False)
 
 
 def _print_data(out: Console, data: Mapping[str, Any]) -> None:
@@ -259,7 +259,7 @@ def _print_data(out: Console, data: Mapping[str, Any]) -> None:
         out.print(f"  version {version[0][:12]} → {version[1][:12]}", highlight=False)
     for table, md5s in data.get("tables", {}).items():
         said = " → ".join("none" if md5 is None else md5[:12] for md5 in md5s)
-        out.print(f"  {_plain(table)} {said}", highlight=False)
+        out.print(f"  {plain(table)} {said}", highlight=False)
     if rows := data.get("rows"):
         kinds = ("came", "went", "changed", "same", "into_quarantine", "out_of_quarantine")
         said = ", ".join(f"{rows[kind]:,} {kind.replace('_', ' ')}" for kind in kinds if rows[kind] or kind == "same")
@@ -267,9 +267,9 @@ def _print_data(out: Console, data: Mapping[str, Any]) -> None:
         for kind, ids in rows["first"].items():
             if ids:
                 named = ", ".join(one if isinstance(one, str) else " → ".join(one) for one in ids[:4])
-                out.print(f"  {kind}: {_plain(named)}{', …' if rows[kind] > 4 else ''}", highlight=False, style="dim")
+                out.print(f"  {kind}: {plain(named)}{', …' if rows[kind] > 4 else ''}", highlight=False, style="dim")
     elif "rows_unknown" in data:
-        out.print(f"  rows: not known, for {_plain(data['rows_unknown'])}", highlight=False)
+        out.print(f"  rows: not known, for {plain(data['rows_unknown'])}", highlight=False)
 
 
 def _print_values(out: Console, title: str, values: Mapping[str, Two]) -> None:
@@ -277,9 +277,9 @@ def _print_values(out: Console, title: str, values: Mapping[str, Two]) -> None:
         _same(out, title)
         return
     out.print(f"\n[bold]{title}[/]", highlight=False)
-    table = _table("", "before", "after")
+    table = plain_table("", "before", "after")
     for name, (before, after) in values.items():
-        table.add_row(_plain(name), *("none" if one is None else _plain(str(one)) for one in (before, after)))
+        table.add_row(plain(name), *("none" if one is None else plain(str(one)) for one in (before, after)))
     table.show_header = False
     out.print(table)
 
@@ -292,17 +292,17 @@ def _print_code(out: Console, code: Mapping[str, Any]) -> None:
     if commits := code.get("commits"):
         out.print(f"  commit {' → '.join(commit[:12] or 'not known' for commit in commits)}", highlight=False)
     if states := code.get("states"):
-        out.print(f"  {' → '.join(_plain(state or 'clean or not: not known') for state in states)}", highlight=False)
+        out.print(f"  {' → '.join(plain(state or 'clean or not: not known') for state in states)}", highlight=False)
     files = code.get("files", [])
     for line in files[:EXAMPLES]:
-        out.print(f"  {_plain(line)}", highlight=False)
+        out.print(f"  {plain(line)}", highlight=False)
     if len(files) > EXAMPLES:
         out.print(f"  … and {len(files) - EXAMPLES:,} more files", highlight=False)
     if "files_unknown" in code:
         out.print(f"  changed files not known: {code['files_unknown']}", highlight=False)
     for step, digests in code.get("steps", {}).items():
         said = " → ".join(digest or "not known" for digest in digests)
-        out.print(f"  code behind {_plain(step)}: {said}", highlight=False)
+        out.print(f"  code behind {plain(step)}: {said}", highlight=False)
 
 
 def _print_steps(out: Console, steps: Mapping[str, Mapping[str, Any]]) -> None:
@@ -310,9 +310,9 @@ def _print_steps(out: Console, steps: Mapping[str, Mapping[str, Any]]) -> None:
         _same(out, "steps")
         return
     out.print("\n[bold]steps made anew[/]", highlight=False)
-    table = _table("step", "key before", "after", "inputs that differ")
+    table = plain_table("step", "key before", "after", "inputs that differ")
     for name, step in steps.items():
-        table.add_row(_plain(name), *(key or "none" for key in step["keys"]), _plain(", ".join(step["inputs"])))
+        table.add_row(plain(name), *(key or "none" for key in step["keys"]), plain(", ".join(step["inputs"])))
     out.print(table)
 
 
@@ -320,7 +320,7 @@ def _print_metrics(out: Console, metrics: Mapping[str, Mapping[str, Any]]) -> No
     if not metrics:
         return
     out.print("\n[bold]what came of it[/]", highlight=False)
-    table = _table("metric", "before", "after", "difference")
+    table = plain_table("metric", "before", "after", "difference")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, one in metrics.items():
@@ -328,7 +328,7 @@ def _print_metrics(out: Console, metrics: Mapping[str, Mapping[str, Any]]) -> No
             _value(one[end], interval) for end, interval in zip(("before", "after"), one["intervals"], strict=True)
         ]
         difference = one["difference"]
-        table.add_row(_plain(name), *cells, "" if difference is None else f"{difference:+.4g}")
+        table.add_row(plain(name), *cells, "" if difference is None else f"{difference:+.4g}")
     out.print(table)
 
 
@@ -340,14 +340,3 @@ def _value(value: float | None, interval: list[float] | None) -> str:
 
 def _same(out: Console, title: str) -> None:
     out.print(f"[bold]{title}[/] the same", highlight=False)
-
-
-def _table(*titles: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in titles:
-        table.add_column(title, overflow="fold")
-    return table
-
-
-def _plain(text: str) -> str:
-    return escape(printable(text))

@@ -45,5 +45,6 @@ def train_sft(
     trainer.checkpoint_files = checkpoint_files(trainer.model)
     run_trainer(trainer, tracker)
     save_weights(trainer.model, base, out)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry] or [history[-1]["train_loss"]]
     return {"rows": len(rows), "steps": trainer.state.global_step, "loss": losses[-1]}

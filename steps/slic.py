@@ -17,11 +17,12 @@ from datasets import Dataset
 
 from steps.artifact import Facts
 from steps.backbone import Scorer, answer_tokens, linear_head
-from steps.config import Relative, Sampling
+from steps.config import Sampling
 from steps.errors import DataError
 from steps.models import ADAPTER, load_policy, load_reward_model, load_tokenizer, score_head
 from steps.pair_methods import TARGET, learn
 from steps.pairs import COLUMNS, training_and_held_out
+from steps.policy_config import Relative
 from steps.rollouts import AnswerReward, prompts_of
 from steps.sampling import sample
 from steps.tracking import Tracker

@@ -119,6 +119,23 @@ class LengthGrouped(Trainer):
         return LengthGroupedSampler(row_lengths(rows), batch, self.args.seed)
 
 
+class AsksReference(Trainer):
+    """Mixed into a TRL trainer that asks its reference about every row before it trains: says how far that is.
+
+    Args:
+        tracker: told of every batch of the reference's pass, of which there are `reference_batches`.
+    """
+
+    def __init__(self, *args, tracker: Tracker, reference_batches: int, **kwargs) -> None:
+        self.tracker, self.reference_batches, self.referenced = tracker, reference_batches, 0
+        super().__init__(*args, **kwargs)
+
+    def compute_ref_log_probs(self, model, inputs):
+        self.tracker.progress("reference", self.referenced, self.reference_batches)
+        self.referenced += 1
+        return super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
+
+
 def row_lengths(rows: Any) -> list[int]:
     """Tokens of each row of a tokenised dataset; for a pair, of its longer side."""
     if "chosen_ids" in rows.column_names:

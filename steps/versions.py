@@ -49,8 +49,13 @@ class DataVersion:
     @property
     def digest(self) -> str:
         """One md5 for the version: over its tables' names and md5s."""
-        lines = "".join(f"{name} {table.digest}\n" for name, table in sorted(self.tables.items()))
-        return hashlib.md5(lines.encode(), usedforsecurity=False).hexdigest()
+        return digest_of({name: table.digest for name, table in self.tables.items()})
+
+
+def digest_of(tables: Mapping[str, str]) -> str:
+    """The name of a version, from its tables' md5s."""
+    lines = "".join(f"{name} {md5}\n" for name, md5 in sorted(tables.items()))
+    return hashlib.md5(lines.encode(), usedforsecurity=False).hexdigest()
 
 
 # -- making versions ---------------------------------------------------------------------------------------------
@@ -287,8 +292,8 @@ def outputs(name: str, root: Path, revision: str = "") -> dict[str, str]:
         DataError: the dataset has not been prepared.
     """
     try:
-        stages = yaml.load(text(Path("dvc.lock"), root, revision), _Loader)["stages"]  # noqa: S506  (a safe loader)
-        outs = {out["path"]: out["md5"] for stage in STAGES for out in stages[f"{stage}@{name}"]["outs"]}
+        found = stages(root, revision)
+        outs = {out["path"]: out["md5"] for stage in STAGES for out in found[f"{stage}@{name}"]["outs"]}
     except (KeyError, TypeError, ValueError, FileNotFoundError, yaml.YAMLError) as error:
         raise _not_prepared(name, root, revision, str(error)) from error
     prefix = f"data/{name}/"
@@ -296,14 +301,21 @@ def outputs(name: str, root: Path, revision: str = "") -> dict[str, str]:
     return {file: md5 for file, md5 in kept.items() if file not in METRICS}
 
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+def stages(root: Path, revision: str = "") -> dict[str, Any]:
+    """Every stage of every dataset as `dvc.lock` has it, by `STAGE@NAME`.
+
+    Raises:
+        FileNotFoundError, YAMLError, KeyError, TypeError: there is no such file, or it is none of DVC's.
+        DataError, EnvironmentProblem: as `text`.
+    """
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(text(Path("dvc.lock"), root, revision), loader)["stages"]  # noqa: S506  (a safe loader)
 
 
 def settings(name: str, root: Path) -> Any:
     """The registry entry the prepared version was made with; None where there is none."""
     with suppress(OSError, KeyError, TypeError, yaml.YAMLError):
-        stages = yaml.load(text(Path("dvc.lock"), root), _Loader)["stages"]  # noqa: S506
-        return stages[f"split@{name}"]["params"][str(datasets.REGISTRY)][f"datasets.{name}"]
+        return stages(root)[f"split@{name}"]["params"][str(datasets.REGISTRY)][f"datasets.{name}"]
     return None
 
 

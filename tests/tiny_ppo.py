@@ -12,9 +12,9 @@ from torch import nn
 from trl.trainer import grpo_trainer
 
 from steps.backbone import Scorer, add_adapter
-from steps.config import PPO
 from steps.lm_head import labelled_lm_head
 from steps.models import load_policy, load_tokenizer
+from steps.policy_config import PPO
 from steps.ppo_trainer import REFERENCE, PPOConfig, PPOTrainer
 from steps.rollouts import AnswerReward, prompt_rows, rollout_arguments
 

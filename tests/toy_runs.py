@@ -17,11 +17,12 @@ import yaml
 
 from steps import registry, tracking
 from steps.artifact import digest_file, seal
-from steps.data_lineage import _folder_md5, digest_of
+from steps.data_lineage import _folder_md5
 from steps.datasets import write_metrics, write_table
 from steps.pipeline import TABLES
 from steps.rows import row_id
 from steps.tracking import Forwarder, append
+from steps.versions import digest_of
 
 REPOSITORY = Path(__file__).parents[1]
 NAME = "toy"

@@ -30,7 +30,7 @@ SHIPPED = yaml.safe_load((REPOSITORY / "data/datasets.yaml").read_text(encoding=
 # What makes a shipped recipe small enough for the tiny model; everything else of it stays.
 SMALL = [
     "model.base=base", "model.dtype=float32", "model.lora.top_layers=1", "model.lora.r=4",
-    "sft.trainer.max_steps=2", "sft.trainer.logging_steps=1",
+    "sft.trainer.max_steps=2",
     "reward.trainer.max_steps=12", "reward.trainer.learning_rate=1e-2",
     "policy.dpo.trainer.max_steps=2", "evaluate.prompts=8", "evaluate.max_new_tokens=8", "evaluate.kl_prompts=4",
     "launch.launcher=here", "launch.min_free_gib=0",

@@ -46,6 +46,15 @@ def test_both_models_answer_the_same_prompts(finished: Path) -> None:
     assert {"start", "policy", "start_gold", "policy_gold"} <= set(table)
 
 
+def test_a_training_shorter_than_its_first_report_still_says_its_loss(project: Path) -> None:
+    sets = ["sft.trainer.max_steps=2", "sft.trainer.logging_steps=5"]
+    experiment = Experiment(load(project / "recipes/tiny.yaml", sets), project, Console(quiet=True))
+    experiment.prepare_data()
+    for name in ("base", "sft"):
+        experiment.run(name)
+    assert 0 < manifests(project)["sft"]["facts"]["loss"] < 20
+
+
 def test_data_that_drifted_is_told_before_anything_is_trained(project: Path) -> None:
     recipe, told = load(project / "recipes/tiny.yaml"), io.StringIO()
     Experiment(recipe, project, Console(quiet=True)).prepare_data()

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from steps import training
-from steps.config import RELATIVES, load
+from steps.config import load
 from steps.errors import DataError, Interrupted
 from steps.kto import WholeBatches, labelled_rows
 from steps.models import ADAPTER, load_policy, load_tokenizer
 from steps.pair_methods import LOSSES, Likelihoods
 from steps.pairs import training_and_held_out
 from steps.pipeline import POLICIES
+from steps.policy_config import RELATIVES
 from steps.slic import CANDIDATES, best_against_others, with_targets
 from steps.tracking import NullTracker, Spool, curves
 from steps.trainer_fields import REFERENCE_FREE

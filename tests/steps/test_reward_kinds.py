@@ -20,10 +20,11 @@ from torch import nn
 
 from steps import reward as reward_step
 from steps.backbone import Rows, Scorer, add_adapter, linear_head
-from steps.config import PPO, Lora, Reward
+from steps.config import Lora, Reward
 from steps.formats import hh
 from steps.models import load_policy, load_reward_model, load_tokenizer, lora_config, score_head
 from steps.normalised_reward import train_normalised_reward
+from steps.policy_config import PPO
 from steps.ppo import known_moments
 from steps.ppo_trainer import Moments
 from steps.rankings import groups_of

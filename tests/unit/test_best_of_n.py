@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from steps.best_of_n import answers_drawn, curve, tune_policy
-from steps.config import BestOfN
+from steps.policy_config import BestOfN
 from steps.tracking import NullTracker
 
 

@@ -8,8 +8,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from steps.config import DPO, SECTIONS, Recipe, keyed, load, parse, read_yaml, section
+from steps.config import SECTIONS, Recipe, keyed, load, parse, read_yaml, section
 from steps.errors import RecipeError
+from steps.policy_config import DPO
 
 REPOSITORY = Path(__file__).parents[2]
 MINIMAL = "name: a\nmodel: {base: tiny}\n"

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steps.comparison import variants
-from steps.config import ChainOfHindsight, load
+from steps.config import load
 from steps.errors import ModelError, RecipeError
 from steps.hindsight import BAD, GOOD, IGNORED, NEITHER, Chain, Template, draws_of, openings, visible
+from steps.policy_config import ChainOfHindsight
 from steps.policy_prompt import PROMPT, asked_after, write
 
 END = 0

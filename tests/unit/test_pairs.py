@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from steps.config import Pairs
 from steps.errors import DataError
 from steps.pairs import COLUMNS, training_and_held_out
+from steps.sections import Pairs
 
 
 @pytest.fixture

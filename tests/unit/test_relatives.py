@@ -10,8 +10,9 @@ import tiny
 from steps import pipeline
 from steps.comparison import STRENGTH, failed, groups, variants
 from steps.comparison_run import metric_name
-from steps.config import RELATIVES, Policy, Recipe, parse, read_yaml, section
+from steps.config import Recipe, parse, read_yaml, section
 from steps.errors import RecipeError
+from steps.policy_config import RELATIVES, Policy
 from steps.trainer_fields import REFERENCE_FREE, fields_of, owned_of
 
 

@@ -13,9 +13,9 @@ from rich.console import Console
 from toy_runs import Project
 
 from steps import row_lineage
-from steps.config import Pairs
 from steps.errors import DataError
 from steps.row_lineage import ASKED, FITTED, MEASURED, TRAINED, UNUSED, RowLineage, used
+from steps.sections import Pairs
 from steps.tracking import Forwarder
 
 FIRST, SECOND = "20260101-000000-toy", "20260102-000000-toy"
