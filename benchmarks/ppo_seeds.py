@@ -102,10 +102,10 @@ def one_seed(seed: int, recipe: Recipe, known: Mapping[str, Input], store: Store
 
 
 def shared(recipe: Recipe, root: Path) -> Experiment:
-    """The experiment with data, base, SFT model and reward model, found in the project's store or made there."""
+    """The experiment with data, base, SFT model, its answers and reward model, found in the store or made there."""
     experiment = Experiment(recipe, root, Console(highlight=False))
     experiment.prepare_data()
-    for name in ("base", "sft"):
+    for name in ("base", "sft", "baseline"):
         experiment.run(name)
     experiment.run_one("reward", again=False)
     return experiment
