@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from steps.errors import RecipeError, did_you_mean
-from steps.policy_config import DPO, GRPO, PPO, RELATIVES, RLOO, BestOfN, ChainOfHindsight, Policy, Relative
+from steps.policy_config import DPO, GRPO, PPO, RELATIVES, RLOO, SPO, BestOfN, ChainOfHindsight, Policy, Relative
 from steps.sections import USUAL, Pairs, Section, checked_trainer
 
 
@@ -495,6 +495,7 @@ SECTIONS: dict[str, type[Section]] = {
     "ppo": PPO,
     "rloo": RLOO,
     "grpo": GRPO,
+    "spo": SPO,
     "chain_of_hindsight": ChainOfHindsight,
     "best_of_n": BestOfN,
     "sampling": Sampling,

@@ -25,7 +25,26 @@ from steps.warm_start import begin_at
 
 
 class LengthGroupedDPOTrainer(LengthGrouped, AsksReference, DPOTrainer):
-    """TRL's DPOTrainer on length-grouped batches; says how far the reference's pass is."""
+    """TRL's DPOTrainer on length-grouped batches; says how far the reference's pass is.
+
+    In `rewards/accuracies` a pair whose rewards are equal counts ½, as everywhere here; TRL counts it as wrong.
+    """
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        if "ref_chosen_logps" not in inputs:
+            return super()._compute_loss(model, inputs, return_outputs)
+        seen = []
+
+        def watched(**kwargs):
+            seen.append(model(**kwargs))
+            return seen[-1]
+
+        found = super()._compute_loss(watched, inputs, return_outputs)
+        chosen, rejected = seen[0].log_probs.detach().sum(1).chunk(2)
+        tied = chosen - inputs["ref_chosen_logps"] == rejected - inputs["ref_rejected_logps"]
+        told = self._metrics["train" if self.model.training else "eval"]["rewards/accuracies"]
+        told[-1] += self.accelerator.gather(tied.float()).mean().item() / 2
+        return found
 
 
 def tune_policy(dpo: DPO, dtype: str, *, preferences: Path, **step: Any) -> Facts:

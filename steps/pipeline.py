@@ -127,6 +127,12 @@ POLICIES: dict[str, Step] = {
         _FROM_REWARD,
         optional=frozenset(_START),
     ),
+    "spo": Step(
+        "steps.group_policy:tune_by_spo",
+        {"spo": "policy.spo", "dtype": "model.dtype"},
+        _FROM_REWARD,
+        optional=frozenset(_START),
+    ),
     "chain_of_hindsight": Step(
         "steps.chain_of_hindsight:tune_policy",
         {"chain_of_hindsight": "policy.chain_of_hindsight", "dtype": "model.dtype"},

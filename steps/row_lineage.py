@@ -35,7 +35,7 @@ GRADES = ("no", "maybe", "yes")
 LEARNS = (TRAINED, ASKED, UNCLEAR)  # what may leave a trace in weights
 HINDSIGHT = "chain_of_hindsight"
 PAIRED = ("reward", "dpo", HINDSIGHT)
-ON_POLICY = ("ppo", "rloo", "grpo")
+ON_POLICY = ("ppo", "rloo", "grpo", "spo")
 
 
 @dataclass(frozen=True)

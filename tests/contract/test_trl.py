@@ -58,6 +58,7 @@ def test_the_sampler_and_the_metrics_are_where_they_are_overridden() -> None:
 ROLLOUTS = {
     "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields"],
     "_generate_and_score_completions": ["inputs"],
+    "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
     "_prepare_inputs": ["generation_batch"],
     "_compute_loss": ["model", "inputs"],
     "_get_train_sampler": ["dataset"],
@@ -104,6 +105,17 @@ def test_a_rollout_has_the_parts_that_are_read() -> None:
     )
     for member in (*members, "reward_funcs = reward_funcs"):
         assert f"self.{member}" in made
+
+
+def test_rewards_are_those_of_all_processes_and_their_mean_is_noted_last() -> None:
+    """So that groups can be compared where they are, and what was noted be replaced."""
+    rewards = inspect.getsource(RLOOTrainer._calculate_rewards)
+    assert rewards.rstrip().endswith("rewards_per_func = gather(rewards_per_func)\n        return rewards_per_func")
+    scored = inspect.getsource(RLOOTrainer._generate_and_score_completions)
+    assert "rewards_per_func = self._calculate_rewards(" in scored
+    assert scored.count('self._metrics[mode]["reward"].append(') == 1
+    assert "rewards.view(-1, num_generations)" in scored
+    assert 'mode = "train" if self.model.training else "eval"' in scored
 
 
 def test_prompts_are_sampled_by_what_is_subclassed() -> None:
