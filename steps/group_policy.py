@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -86,32 +87,31 @@ class SelfPlayTrainer(LeaveOneOutTrainer):
 
     Attributes:
         scores: (B,) what the reward model gives the last answers of all processes.
-        win_rates: (B,) what they win.
+        win_rates: (P, G) what they win, G answers to each of P prompts.
     """
 
     scores: Tensor
-    win_rates: Tensor
+    win_rates: np.ndarray
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self.scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)[:, 0]
         # Of all processes, as TRL's scores are: the answers to a prompt may be spread over several.
-        members = self.accelerator.gather(self.reward_funcs[0].members.T.contiguous()).T
+        members = self.accelerator.gather(self.reward_funcs[0].members.T.contiguous()).T.float().cpu().numpy()
         rates = win_rates(preferences(members.reshape(len(members), -1, self.num_generations)).mean(0))
-        self.win_rates = rates.flatten()
-        return for_leave_one_out(rates).view(-1, 1)
+        self.win_rates = rates
+        return torch.from_numpy(for_leave_one_out(rates)).to(self.scores).view(-1, 1)
 
     def _generate_and_score_completions(self, inputs):
         out = super()._generate_and_score_completions(inputs)
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["reward"][-1] = self.scores.mean().item()  # TRL noted the win rates, whose mean says nothing
-        metrics["win_rate_deviation"].append(self.win_rates.std(correction=0).item())
-        best = self.win_rates.view(-1, self.num_generations).amax(1)
-        metrics["win_rate_best"].append(best.mean().item())
+        metrics["win_rate_deviation"].append(float(self.win_rates.std()))
+        metrics["win_rate_best"].append(float(self.win_rates.max(1).mean()))
         return out
 
     def tell(self, inputs, out, **more):
         first = self.accelerator.process_index * len(inputs)
-        super().tell(inputs, out, win_rate=self.win_rates[first : first + len(inputs)].tolist(), **more)
+        super().tell(inputs, out, win_rate=self.win_rates.ravel()[first : first + len(inputs)].tolist(), **more)
 
 
 def tune_by_rloo(rloo: RLOO, dtype: str, **step: Any) -> Facts:

@@ -262,7 +262,7 @@ class Policy(Section):
 
     method: Literal[
         "dpo", "ipo", "cdpo", "robust", "rso", "kto", "simpo", "cpo", "orpo", "slic", "slic_sample_rank",
-        "ppo", "rloo", "grpo", "spo", "chain_of_hindsight", "best_of_n",
+        "ppo", "rloo", "grpo", "spo", "chain_of_hindsight", "best_of_n", "sft",
     ] = "dpo"  # fmt: skip
     start: Literal["sft", "champion"] = Field(
         "sft",
@@ -289,8 +289,8 @@ class Policy(Section):
 
     @model_validator(mode="after")
     def _start_is_trained_from(self) -> Policy:
-        if self.method == "best_of_n" and self.start == "champion":
-            raise ValueError("best_of_n trains nothing that could start at the champion; set policy.start=sft")
+        if self.method in ("best_of_n", "sft") and self.start == "champion":
+            raise ValueError(f"{self.method} trains nothing that could start at the champion; set policy.start=sft")
         return self
 
     @property

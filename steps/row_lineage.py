@@ -391,6 +391,8 @@ def used(step: str, table: str, frame: pd.DataFrame, params: Mapping[str, str]) 
     elif step in ("baseline", "evaluate") and table == "prompts":
         asked = settings.whole("evaluate.prompts", settings.whole("sampling.prompts"))
         lines[:asked] = MEASURED
+    elif step == "evaluate" and table == "demonstrations":
+        pass  # only held against the probes
     elif step == "evaluate" and table == "gold":
         lines[:] = FITTED
     elif step == "evaluate" and table == "preferences":

@@ -16,6 +16,7 @@ from trl import DPOTrainer, GRPOConfig, GRPOTrainer, KTOTrainer, RewardTrainer, 
 from trl.trainer import dpo_trainer, grpo_trainer, kto_trainer, rloo_trainer, sft_trainer
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head
 
+from steps.dpo import SIDES
 from steps.lm_head import add_labelled_lm_head
 from steps.pair_losses import cpo_loss, orpo_loss, simpo_loss
 from steps.pair_methods import REWARDS
@@ -156,6 +157,16 @@ def test_a_loss_of_ours_finds_the_forward_pass_the_reference_and_the_rewards_whe
     assert '"train",' in inspect.getsource(DPOTrainer.__init__)
     assert "self._signature_columns = [" in inspect.getsource(DPOTrainer._set_signature_columns_if_needed)
     assert "pad_token_id" in dpo_trainer.DataCollatorForPreference.__dataclass_fields__
+
+
+def test_the_rewards_of_a_batch_are_gathered_where_the_accuracy_finds_them() -> None:
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    last = ["reward_accuracies", "margins", "chosen_logps", "rejected_logps"]
+    found = re.findall(r"self\.accelerator\.gather\((\w+)\)", source)
+    assert found[SIDES] == ["chosen_rewards", "rejected_rewards"]
+    assert found[-4:] == last
+    after = source.partition("self.accelerator.gather(chosen_rewards)")[2]
+    assert "gather_for_metrics" not in after  # which gathers too
 
 
 def test_kto_reads_a_rows_neighbour_in_its_batch() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -175,6 +176,15 @@ def lay_model(name: str, fetched: Path, local: Path) -> None:
 def test_a_shipped_recipe_loads_and_its_dataset_is_registered(name: str) -> None:
     recipe = load(REPOSITORY / "recipes" / name)
     assert datasets.dataset(recipe.data.name, REPOSITORY)
+
+
+def test_the_docs_name_every_recipe_with_its_dataset() -> None:
+    docs = (REPOSITORY / "docs/recipes.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w-]+)` \|(.*)$", docs, flags=re.MULTILINE))
+    for name in RECIPES:
+        recipe = load(REPOSITORY / "recipes" / name)
+        said = rows.get(recipe.name, "")
+        assert f"recipes/{name}" in said and f"`{recipe.data.name}`" in said, f"{name} has no row"
 
 
 def test_a_dataset_whose_files_are_not_there_says_where_they_go(tmp_path: Path) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 import tiny
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from scipy.special import softmax
 
 from steps import pipeline
 from steps.comparison import variants
@@ -23,17 +23,13 @@ from steps.self_play import for_leave_one_out, preferences, win_rates
 GROUPS = st.lists(st.floats(-30, 30), min_size=2, max_size=8)
 
 
-def of(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def rates_of(*scores: float) -> list[float]:
-    return win_rates(preferences(of(*scores))).tolist()
+    return win_rates(preferences(np.array(scores))).tolist()
 
 
-def leave_one_out(rewards: Tensor) -> Tensor:
+def leave_one_out(rewards: np.ndarray) -> np.ndarray:
     """Each reward less the mean of the others, as TRL's RLOOTrainer has it."""
-    return rewards - (rewards.sum(-1, keepdim=True) - rewards) / (rewards.shape[-1] - 1)
+    return rewards - (rewards.sum(-1, keepdims=True) - rewards) / (rewards.shape[-1] - 1)
 
 
 # -- by hand -----------------------------------------------------------------------------------------------------
@@ -61,39 +57,39 @@ def test_scores_far_apart_count_wins() -> None:
 
 def test_preferences_that_go_in_a_circle_are_worth_half_each() -> None:
     """Rock, paper, scissors: no score of single answers says so, and self-play is at rest."""
-    beats = torch.tensor([[0.5, 0.0, 1.0], [1.0, 0.5, 0.0], [0.0, 1.0, 0.5]])
-    assert win_rates(beats).tolist() == [0.5, 0.5, 0.5]
+    assert win_rates(CIRCLE).tolist() == [0.5, 0.5, 0.5]
 
 
 def test_models_that_each_rank_may_go_in_a_circle_together() -> None:
     """Condorcet: abc, bca, cab. Two of three prefer a to b, b to c, and c to a."""
-    members = of(40, 20, 0, 0, 40, 20, 20, 0, 40).view(3, 3)
+    members = np.array([[40.0, 20, 0], [0, 40, 20], [20, 0, 40]])
     together = preferences(members).mean(0)
-    assert [together[0, 1].item(), together[1, 2].item(), together[2, 0].item()] == pytest.approx([2 / 3] * 3)
+    assert [together[0, 1], together[1, 2], together[2, 0]] == pytest.approx([2 / 3] * 3)
     assert win_rates(together).tolist() == pytest.approx([0.5] * 3)
 
 
 def test_an_ensemble_is_less_sure_than_the_mean_of_its_scores() -> None:
     """One model is sure of either side: ¾ and ¼, together ½; σ of one sure and one indifferent is between theirs."""
-    split, half = of(math.log(3), 0, 0, math.log(3)).view(2, 2), of(math.log(3), 0, 0, 0).view(2, 2)
+    sure, unsure = [math.log(3), 0.0], [0.0, 0.0]
+    split, half = np.array([sure, sure[::-1]]), np.array([sure, unsure])
     assert win_rates(preferences(split).mean(0)).tolist() == pytest.approx([0.5, 0.5])
     assert win_rates(preferences(half).mean(0)).tolist() == pytest.approx([0.625, 0.375])
 
 
 def test_prompts_do_not_meet() -> None:
-    scores = of(0.0, 1.0, 5.0, 4.0).view(2, 2)
+    scores = np.array([[0.0, 1.0], [5.0, 4.0]])
     apart = [win_rates(preferences(row)) for row in scores]
-    assert torch.equal(win_rates(preferences(scores)), torch.stack(apart))
+    assert np.array_equal(win_rates(preferences(scores)), apart)
 
 
 def test_the_diagonal_is_not_looked_at() -> None:
-    assert win_rates(torch.tensor([[math.nan, 0.9], [0.1, math.inf]])).tolist() == pytest.approx([0.9, 0.1])
+    assert win_rates(np.array([[math.nan, 0.9], [0.1, math.inf]])).tolist() == pytest.approx([0.9, 0.1])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (4, 1, 1)])
 def test_a_group_of_one_and_a_table_that_is_no_square_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="at least two answers"):
-        win_rates(torch.full(shape, 0.5))
+        win_rates(np.full(shape, 0.5))
 
 
 # -- of all groups -----------------------------------------------------------------------------------------------
@@ -129,27 +125,59 @@ def test_the_order_is_that_of_the_scores(scores: list[float]) -> None:
 @given(GROUPS)
 def test_what_leave_one_out_makes_of_it_is_the_win_rate_beyond_half(scores: list[float]) -> None:
     """Of win rates themselves it would be G/(G − 1) times as much."""
-    rates = win_rates(preferences(of(*scores)))
-    answers = len(scores)
-    torch.testing.assert_close(leave_one_out(for_leave_one_out(rates)), rates - 0.5)
-    torch.testing.assert_close(leave_one_out(rates), (rates - 0.5) * answers / (answers - 1))
+    rates, answers = np.array(rates_of(*scores)), len(scores)
+    assert leave_one_out(for_leave_one_out(rates)) == pytest.approx(rates - 0.5, abs=1e-12)
+    assert leave_one_out(rates) == pytest.approx((rates - 0.5) * answers / (answers - 1), abs=1e-12)
 
 
-def test_the_gradient_of_self_play_is_that_of_the_win_rate_against_a_policy_that_stands_still() -> None:
-    """Exact, over all pairs of draws of a policy of three answers: E[(w − ½) ∇log π] = ∇ Σ π(y) P(y ≻ π)."""
-    logits, preferred = of(0.3, -0.2, 0.9).requires_grad_(), preferences(of(0.0, 1.0, -2.0))
-    policy = logits.softmax(0)
-    (expected,) = torch.autograd.grad((policy * (preferred @ policy.detach())).sum(), logits, retain_graph=True)
-    found = torch.zeros(3, dtype=torch.float64)
-    for i in range(3):
-        for j in range(3):
-            pair = [i, j]
-            rates = win_rates(preferred[pair][:, pair])
-            advantages = leave_one_out(for_leave_one_out(rates))
-            loss = (advantages.detach() * logits.log_softmax(0)[pair]).mean()
-            (gradient,) = torch.autograd.grad(loss, logits)
-            found += policy[i].item() * policy[j].item() * gradient
-    torch.testing.assert_close(found, expected)
+# -- what self-play comes to -------------------------------------------------------------------------------------
+
+CIRCLE = np.array([[0.5, 0.0, 1.0], [1.0, 0.5, 0.0], [0.0, 1.0, 0.5]])  # rock, paper, scissors
+
+
+def learnt(policy: np.ndarray, preferred: np.ndarray) -> np.ndarray:
+    """The expected gradient in the logits of a policy of K answers, exact over all pairs of its draws.
+
+    E[mean over the pair of (w − ½) ∇log π(y)], where ∇log π(y) = e_y − π.
+    """
+    answers = range(len(policy))
+    found = np.zeros(len(policy))
+    for pair in itertools.product(answers, answers):
+        advantages = leave_one_out(for_leave_one_out(win_rates(preferred[np.ix_(pair, pair)])))
+        scores = np.eye(len(policy))[list(pair)] - policy
+        found += policy[list(pair)].prod() * (advantages[:, None] * scores).mean(0)
+    return found
+
+
+def test_the_gradient_is_that_of_the_win_rate_against_a_policy_that_stands_still() -> None:
+    """∇ Σ π(y) P(y ≻ π) of a softmax is π (q − π·q), where q(y) = P(y ≻ π)."""
+    policy, preferred = np.array([0.3, 0.2, 0.5]), preferences(np.array([0.0, 1.0, -2.0]))
+    wins = preferred @ policy
+    assert learnt(policy, preferred) == pytest.approx(policy * (wins - policy @ wins), abs=1e-12)
+
+
+def test_rock_paper_scissors_leaves_a_uniform_policy_where_it_is_and_no_other() -> None:
+    assert learnt(np.full(3, 1 / 3), CIRCLE) == pytest.approx(np.zeros(3), abs=1e-12)
+    assert np.abs(learnt(np.array([0.5, 0.3, 0.2]), CIRCLE)).max() > 0.01
+
+
+def test_where_the_wins_of_a_circle_differ_the_rest_is_at_the_minimax_winner() -> None:
+    """Each answer comes as often as one of the other two beats the other: margins ¼, ¼, ½ give the policy ¼, ¼, ½."""
+    preferred = 0.5 + np.array([[0, -0.5, 0.25], [0.5, 0, -0.25], [-0.25, 0.25, 0]])
+    winner = np.array([0.25, 0.25, 0.5])
+    assert preferred @ winner == pytest.approx([0.5] * 3)
+    assert learnt(winner, preferred) == pytest.approx(np.zeros(3), abs=1e-12)
+    assert np.abs(learnt(np.full(3, 1 / 3), preferred)).max() > 0.01
+
+
+def test_self_play_in_a_circle_comes_to_the_minimax_winner_on_average() -> None:
+    """Multiplicative weights on the win rate: no policy of the run is it, their mean is."""
+    logits, policies = np.log([0.6, 0.3, 0.1]), []
+    for _ in range(4000):
+        policies.append(softmax(logits))
+        logits = logits + 0.05 * (CIRCLE @ policies[-1] - 0.5)
+    assert np.mean(policies, axis=0) == pytest.approx([1 / 3] * 3, abs=0.02)
+    assert np.abs(policies[-1] - 1 / 3).max() > 0.1
 
 
 # -- in a recipe -------------------------------------------------------------------------------------------------
