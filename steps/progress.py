@@ -83,13 +83,15 @@ def _bar(step, folder, console, stop, each, period) -> None:
 
 
 def _lines(step, folder, console, stop, each, period, between: float = 15.0) -> None:
-    phase, said, last = "", time.monotonic(), 0.0
+    """A line for every phase, and now and then one for how far it is, unless that would repeat the last."""
+    told, said, last = ("", 0), time.monotonic(), 0.0
     while not stop.wait(period):
-        state = read_progress(folder)
-        if state and (state["phase"] != phase or time.monotonic() - said > between):
-            phase, said = state["phase"], time.monotonic()
-            text = f"{step}: {phase} {state['done']}/{state['total']}  {_summary(state['values'])}"
-            console.print(text.rstrip(), highlight=False)
+        if state := read_progress(folder):
+            reached = (state["phase"], state["done"])
+            if reached[0] != told[0] or (reached != told and time.monotonic() - said > between):
+                told, said = reached, time.monotonic()
+                text = f"{step}: {told[0]} {told[1]}/{state['total']}  {_summary(state['values'])}"
+                console.print(text.rstrip(), highlight=False)
         if time.monotonic() - last > 1:
             each()
             last = time.monotonic()

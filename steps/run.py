@@ -139,14 +139,20 @@ def execute(partial: Path) -> None:
 
     Args:
         partial: holds `spec.json`; the function's output goes beside it, its facts into `facts.json`, and the
-            processor time it took, when it ends of itself, into `cpu_seconds.json`.
+            processor time it took into `cpu_seconds.json`.
     """
-    started, spent = _cpu_seconds(), _read_seconds(partial / CPU)
+    started = _cpu_seconds()
     try:
         _execute(partial)
     finally:
-        if partial.is_dir():
-            (partial / CPU).write_text(json.dumps((spent or 0.0) + _cpu_seconds() - started), encoding="utf-8")
+        add_cpu_seconds(partial, _cpu_seconds() - started)
+
+
+def add_cpu_seconds(partial: Path, seconds: float) -> None:
+    """Count processor time of an attempt at a step, beside that of earlier ones."""
+    if partial.is_dir():
+        spent = _read_seconds(partial / CPU) or 0.0
+        (partial / CPU).write_text(json.dumps(spent + seconds), encoding="utf-8")
 
 
 def _cpu_seconds() -> float:

@@ -251,6 +251,7 @@ def run_trainer(trainer: Trainer, tracker: Tracker) -> None:
     trainer.add_callback(reporter)
     files = getattr(trainer, "checkpoint_files", CHECKPOINT_FILES)
     checkpoint = newest_whole_checkpoint(Path(trainer.args.output_dir), files)
+    leave_finished(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     if reporter.alarmed(trainer.state.global_step):
         keep_best(trainer, int(tracker.stops_at or 0), files)
@@ -268,6 +269,20 @@ def run_trainer(trainer: Trainer, tracker: Tracker) -> None:
             have=f"{losses[-1]} at step {state.global_step}",
             then="lower trainer.learning_rate, or set model.dtype=float32",
         )
+
+
+def leave_finished(trainer: Trainer) -> None:
+    """Let a trainer that is resumed at its last step take none.
+
+    By itself it takes one more where that step is not the last of an epoch: it counts steps after it has taken them.
+    """
+    begin = trainer._init_training_state
+
+    def init_training_state(max_steps, steps_per_epoch, epochs, *given):
+        trained = begin(max_steps, steps_per_epoch, epochs, *given)
+        return (epochs, 0) if trainer.state.global_step >= max_steps else trained
+
+    trainer._init_training_state = init_training_state
 
 
 def keep_best(trainer: Trainer, stopped: int, files: Sequence[str]) -> None:

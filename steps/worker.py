@@ -17,7 +17,7 @@ from pathlib import Path
 
 from steps.errors import write_error
 from steps.launch import obey_parent
-from steps.run import execute
+from steps.run import add_cpu_seconds, execute
 
 
 def serve() -> None:
@@ -41,7 +41,7 @@ def serve() -> None:
         if "run" in request:
             child, alive = fork(Path(request["run"]))
             print(child, file=answers)
-            status = wait_for(child)
+            status = wait_for(child, Path(request["run"]))
             os.close(alive)
             print(status, file=answers)
 
@@ -64,15 +64,23 @@ def fork(partial: Path) -> tuple[int, int]:
     os._exit(status)
 
 
-def wait_for(child: int, period: float = 0.05) -> int:
-    """The exit status of a step, negative for a signal; the step is killed when nobody is left to be told."""
-    while True:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        if select.select([0], [], [], period)[0]:
+def wait_for(child: int, partial: Path, period: float = 0.05) -> int:
+    """The exit status of a step, negative for a signal; the step is killed when nobody is left to be told.
+
+    One that a signal ended could not write down what it had used; the kernel knows.
+    """
+    ended, nobody = 0, False
+    while not ended:
+        ended, status, used = os.wait4(child, 0 if nobody else os.WNOHANG)
+        if not ended and select.select([0], [], [], period)[0]:
             os.kill(child, 9)
-            sys.exit(1)
+            nobody = True
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        add_cpu_seconds(partial, used.ru_utime + used.ru_stime)
+    if nobody:
+        sys.exit(1)
+    return code
 
 
 def _cuda_is_lost() -> bool:

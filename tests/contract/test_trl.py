@@ -287,3 +287,11 @@ def test_our_odds_ratio_is_trls() -> None:
     itself = SimpleNamespace(beta=0.3, accelerator=SimpleNamespace(device="cpu"))
     theirs, *_ = trainer.odds_ratio_loss(itself, chosen, rejected)  # β log σ(…), which is taken from the likelihood
     torch.testing.assert_close(orpo_loss(chosen, rejected, one, one, 0.3), -chosen - theirs)
+
+
+def test_a_resumed_trainer_asks_for_its_epochs_this_way() -> None:
+    parameters = list(inspect.signature(Trainer._init_training_state).parameters)
+    assert parameters[:4] == ["self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs"]
+    loop = inspect.getsource(Trainer._inner_training_loop)
+    assert "epochs_trained, steps_trained_in_current_epoch = self._init_training_state(" in loop
+    assert "for epoch in range(epochs_trained, num_train_epochs):" in loop

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,12 @@ def test_three_arrivals_are_one_run_and_the_webhook_hears_of_it(loop: Loop, land
     assert "models:/tiny/2" in landed
     assert runs[0]["state"]["message"].startswith("kept models:/tiny/1; models:/tiny/2 did not pass: win rate against")
     assert any(key == "drift" for key in artifacts(loop))
+
+
+def test_the_clock_has_made_its_next_runs(loop: Loop, landed: str) -> None:
+    due = [run["expected_start_time"] for run in loop.ask("flow_runs") if run["state_type"] == "SCHEDULED"]
+    assert due
+    assert {f"{datetime.fromisoformat(when):%A %H:%M}" for when in due} == {"Monday 03:00"}
 
 
 def artifacts(loop: Loop) -> dict[str, str]:

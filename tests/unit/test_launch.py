@@ -24,7 +24,10 @@ from steps.launch import Here, Process, last_lines, launcher, stop_requested, th
 Failure = Callable[[str], PrefloopError]
 REPOSITORY = Path(__file__).parents[2]
 
-WORK = """\
+BUSY = 0.2  # seconds of a processor
+WORK = (
+    f"BUSY = {BUSY}"
+    + """
 print("imported, loudly")
 import os, signal, sys, time
 from pathlib import Path
@@ -41,6 +44,13 @@ def well(*, seed, out, tracker, **inputs):
 def killed(*, seed, out, tracker):
     print("nearly there", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def busy_and_killed(*, seed, out, tracker):
+    end = time.process_time() + BUSY
+    while time.process_time() < end:
+        pass
+    killed(seed=seed, out=out, tracker=tracker)
 
 
 def raising(*, seed, out, tracker):
@@ -71,6 +81,7 @@ def deaf(*, seed, out, tracker):
     while True:
         time.sleep(0.02)
 """
+)
 
 
 @pytest.fixture
@@ -131,6 +142,12 @@ def test_a_killed_step_says_so_with_the_end_of_its_log(partial: Path, failure: F
     assert str(partial / "log.txt") in text
     assert "nearly there" in text
     assert "goes on at its newest checkpoint" in text
+
+
+def test_what_killed_attempts_used_is_counted(partial: Path, failure: Failure) -> None:
+    for attempt in (1, 2):
+        failure("busy_and_killed")
+        assert json.loads((partial / "cpu_seconds.json").read_text()) >= attempt * BUSY
 
 
 def test_what_a_step_raises_is_raised_here(partial: Path, failure: Failure) -> None:

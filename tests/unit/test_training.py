@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from steps import training
@@ -27,6 +29,7 @@ from steps.training import (
     named,
     newest_whole_checkpoint,
     row_lengths,
+    run_trainer,
 )
 
 # -- batches -----------------------------------------------------------------------------------------------------
@@ -316,3 +319,31 @@ def test_without_a_whole_checkpoint_there_is_none(tmp_path: Path) -> None:
     assert newest_whole_checkpoint(tmp_path) is None
     (checkpoint(tmp_path, 3) / "trainer_state.json").unlink()
     assert newest_whole_checkpoint(tmp_path) is None
+
+
+# -- resuming ----------------------------------------------------------------------------------------------------
+
+
+class Line(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.weight * x - 1).square().mean()}
+
+
+@pytest.mark.parametrize("steps", [5, 6], ids=["within an epoch", "at its end"])
+def test_a_trainer_that_had_finished_takes_no_further_step(steps: int, tmp_path: Path) -> None:
+    def trained() -> tuple[int, float]:
+        given = TrainingArguments(str(tmp_path), max_steps=steps, save_steps=steps, per_device_train_batch_size=1)
+        given = replace(given, lr_scheduler_type="constant", learning_rate=0.1, report_to="none", disable_tqdm=True)
+        rows = Dataset.from_dict({"x": [2.0, 3.0, 4.0]}).with_format("torch")
+        trainer = Trainer(Line(), given, train_dataset=rows)
+        trainer.checkpoint_files = ("trainer_state.json", "model.safetensors")
+        run_trainer(trainer, Heard())
+        return trainer.state.global_step, trainer.model.weight.item()
+
+    straight = trained()
+    assert straight[0] == steps
+    assert trained() == straight
