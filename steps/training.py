@@ -282,7 +282,7 @@ def leave_finished(trainer: Trainer) -> None:
         trained = begin(max_steps, steps_per_epoch, epochs, *given)
         return (epochs, 0) if trainer.state.global_step >= max_steps else trained
 
-    trainer._init_training_state = init_training_state
+    trainer._init_training_state = init_training_state  # type: ignore[method-assign]
 
 
 def keep_best(trainer: Trainer, stopped: int, files: Sequence[str]) -> None:
