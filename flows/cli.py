@@ -14,10 +14,11 @@ from typing import Annotated
 
 import typer
 
-from flows import housekeeping, lineage, models, reproduce, serve
+from flows import collection, housekeeping, lineage, models, reproduce, serve
 from flows.blind import app as blind
 from flows.command import Assignments, RecipePath, as_given, environment
 from flows.data import app as data
+from flows.palms import app as palms
 
 app = typer.Typer(
     help="Human preferences into better language models, with proof of where each model came from.",
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(data, name="data")
 app.add_typer(blind, name="compare-blind")
+app.add_typer(palms, name="palms")
 
 
 def main() -> None:
@@ -222,6 +224,7 @@ def doctor() -> None:
 
 
 models.mount(app)
+collection.mount(app)
 lineage.mount(app)
 reproduce.mount(app)
 serve.mount(app)

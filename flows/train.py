@@ -68,8 +68,10 @@ def run_steps(experiment: Experiment) -> str:
     """The pipeline; returns the model version's address."""
     crash_dead_flows(experiment.var, experiment.forwarder)
     experiment.send_what_waits()
-    for step in (prepare_data, base, sft, baseline, reward, policy, evaluate, gate):
-        step(experiment)
+    prepare_data(experiment)
+    for step in (base, sft, baseline, reward, policy, evaluate, gate):
+        if step.name in experiment.recipe.steps:
+            step(experiment)
     return register(experiment)
 
 

@@ -14,6 +14,7 @@ from steps.errors import PrefloopError
 MANIFEST = "manifest.json"
 CHART = "chart.png"
 COMPLETIONS = "completions.parquet"  # what the models of an evaluation said
+NEXT_ROUND = "next_round.yaml"  # what an evaluation by topics wants to be written next
 # What a step leaves beside its result: records of how it went, with times in them.
 RECORDS = frozenset(
     {

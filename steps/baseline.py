@@ -21,18 +21,27 @@ ANSWERS = "answers.parquet"
 
 
 def answer_prompts(
-    sampling: Sampling, dtype: str, *, base: Path, sft: Path, prompts: Path, seed: int, out: Path, tracker: Tracker
+    sampling: Sampling,
+    dtype: str,
+    *,
+    base: Path,
+    prompts: Path,
+    seed: int,
+    out: Path,
+    tracker: Tracker,
+    sft: Path | None = None,
 ) -> Facts:
     """The start's answers at each of the recipe's temperatures, with the random numbers every policy draws with.
 
     Args:
+        sft: the start; None where that is the base.
         prompts: table of held-out prompts.
 
     Raises:
         DataError: fewer held-out prompts than the recipe asks for.
     """
     asked = list(held_out_prompts(prompts, sampling.prompts)["prompt"])
-    model, tokenizer = load_policy(base, dtype, sft / ADAPTER), load_tokenizer(base)
+    model, tokenizer = load_policy(base, dtype, sft and sft / ADAPTER), load_tokenizer(base)
     said = {
         temperature: sample(model, tokenizer, asked, sampling, seed, tracker, f"start at {temperature:g}", temperature)
         for temperature in dict.fromkeys((sampling.temperature, *sampling.temperatures))

@@ -27,6 +27,7 @@ from steps.statistics import won
 from steps.verdicts import VerdictStore
 
 COLUMNS = ("id", "prompt", "answer_a", "answer_b", "better", "comment")
+_NEEDED = ("id", "better")
 JUDGE = "human"
 LONGEST_CELL = 32_767  # characters a spreadsheet takes
 _PREFERENCES = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -246,11 +247,11 @@ def _as_csv(rows: Iterable[_Row]) -> bytes:
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
     writer.writerow(COLUMNS)
-    writer.writerows([row.id, *(_harmless(text) for text in (row.prompt, row.a, row.b)), "", ""] for row in rows)
+    writer.writerows([row.id, *(harmless(text) for text in (row.prompt, row.a, row.b)), "", ""] for row in rows)
     return stream.getvalue().encode("utf-8-sig", "replace")  # the mark tells a spreadsheet that it is UTF-8
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """A cell that no spreadsheet takes for a formula, and no reader for the end of the file."""
     text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n").replace("\r", "\n"))
     return f"'{text}" if _FORMULA.match(text) else text
@@ -280,7 +281,7 @@ def read_back(
     Raises:
         DataError: a file cannot be read, no key fits, or no row counts.
     """
-    found = {name: list(_cells(path)) for name, path in _named(files).items()}
+    found = {name: list(rater_rows(path, _NEEDED)) for name, path in named_files(files).items()}
     rival, rows = _key(found, keys)
     problems: list[Problem] = []
     said = {name: _said(name, cells, rows, problems) for name, cells in found.items()}
@@ -312,7 +313,7 @@ def read_back(
     )
 
 
-def _named(files: Sequence[Path]) -> dict[str, Path]:
+def named_files(files: Sequence[Path]) -> dict[str, Path]:
     """Files by their raters' names: the file's, with a number where two are alike."""
     named: dict[str, Path] = {}
     for path in files:
@@ -324,14 +325,21 @@ def _named(files: Sequence[Path]) -> dict[str, Path]:
     return named
 
 
-def _cells(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """(row, cells by column) of a file; empty rows are passed over."""
+def rater_rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(row, cells by column) of a rater's file, CSV or JSON lines; empty rows are passed over.
+
+    Args:
+        needed: columns a CSV file must have.
+
+    Raises:
+        DataError: it cannot be read, or lacks such a column.
+    """
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError("a rater's file cannot be read", where=str(path), have=error.strerror or "") from error
     text = _decoded(raw)
-    yield from _json_rows(text, path) if text.lstrip()[:1] in ("{", "[") else _csv_rows(text, path)
+    yield from _json_rows(text, path) if text.lstrip()[:1] in ("{", "[") else _csv_rows(text, path, needed)
 
 
 def _decoded(raw: bytes) -> str:
@@ -344,7 +352,7 @@ def _decoded(raw: bytes) -> str:
         return raw.decode("cp1252", "replace")
 
 
-def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _csv_rows(text: str, path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
     csv.field_size_limit(1 << 27)
@@ -353,7 +361,7 @@ def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     except csv.Error as error:
         raise DataError("a rater's file is not CSV", where=str(path), have=str(error)) from error
     names = [name.strip().casefold() for name in rows[0]] if rows else []
-    _check_columns(names, path)
+    _check_columns(names, path, needed)
     for number, cells in enumerate(rows[1:], start=2):
         if any(cell.strip() for cell in cells):
             yield number, {"id": "", **dict(zip(names, cells, strict=False))}
@@ -381,8 +389,8 @@ def _fields(piece: Any, is_parsed: bool) -> dict[str, str]:
     return {name.strip().casefold(): "" if value is None else str(value) for name, value in record.items()}
 
 
-def _check_columns(names: Sequence[str], path: Path) -> None:
-    if missing := [name for name in ("id", "better") if name not in names]:
+def _check_columns(names: Sequence[str], path: Path, needed: Sequence[str]) -> None:
+    if missing := [name for name in needed if name not in names]:
         raise DataError(
             f"a rater's file has no column '{missing[0]}'",
             where=str(path),

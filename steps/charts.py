@@ -39,7 +39,7 @@ def draw(folder: Path, step: str, inputs: Mapping[str, Path], facts: Facts) -> P
         the picture, or None when there is nothing to draw.
     """
     if step == "evaluate":
-        return run_picture({**inputs, step: folder}, facts)
+        return topics_picture(folder, facts) if "topics" in facts else run_picture({**inputs, step: folder}, facts)
     return step_chart(folder, step, facts)
 
 
@@ -131,14 +131,18 @@ def run_picture(folders: Mapping[str, Path], measured: Facts) -> Path:
     """One picture of a run: what the steps learnt, and whether people would prefer the result.
 
     Args:
-        folders: directories of sft, reward, policy and evaluate; the picture goes into the last.
+        folders: directories of sft, unless the policy is that, reward, policy and evaluate; the picture goes into the
+            last.
         measured: what the evaluation found.
     """
     import numpy as np
     import pandas as pd
 
     figure, axes = new_figure(1, 4, (15, 3.4), width_ratios=(1, 1, 1, 1.25))
-    _panel(axes[0], curves(folders["sft"]), "SFT: loss on demonstrations", PANELS[0][1], None)
+    if "sft" in folders:
+        _panel(axes[0], curves(folders["sft"]), "SFT: loss on demonstrations", PANELS[0][1], None)
+    else:
+        axes[0].set_axis_off()
     reward = open_artifact(folders["reward"])
     accuracy = f"{reward.facts['accuracy']:.0%} of held-out pairs right" if reward else ""
     _panel(axes[1], curves(folders["reward"]), "", PANELS[3][1], 0.5)
@@ -146,13 +150,15 @@ def run_picture(folders: Mapping[str, Path], measured: Facts) -> Path:
     tuned = curves(folders["policy"])
     if "reward" in tuned:
         _panel(axes[2], tuned, f"policy: {PANELS[4][0]}", PANELS[4][1], None)
-    else:
+    elif tuned:
         _panel(axes[2], tuned, "policy: implicit rewards", PANELS[1][1], 0.0)
+    else:
+        axes[2].set_axis_off()
     table = pd.read_parquet(folders["evaluate"] / COMPLETIONS)
     by, scale = ("gold", "rating on the human scale") if "start_gold" in table else ("reward", "reward model's score")
     before, after = table[f"start_{by}"], table[f"policy_{by}"]
     bins = np.linspace(min(before.min(), after.min()), max(before.max(), after.max()), 25)
-    axes[3].hist(before, bins, color=GREY, alpha=0.75, label="SFT start")
+    axes[3].hist(before, bins, color=GREY, alpha=0.75, label="start")
     axes[3].hist(after, bins, color=BLUE, alpha=0.65, label="tuned policy")
     axes[3].set_title(
         f"scores of {measured['prompts']} answers: win rate {measured['win_rate']:.2f} "
@@ -163,3 +169,24 @@ def run_picture(folders: Mapping[str, Path], measured: Facts) -> Path:
     axes[3].set_xlabel(scale)
     axes[3].legend(frameon=False, fontsize=8)
     return save_figure(figure, folders["evaluate"] / CHART)
+
+
+def topics_picture(folder: Path, measured: Facts) -> Path:
+    """Each topic's score before and after, with intervals; the topics the next round aims at in another colour."""
+    scores, aims = measured["topics"], measured["weakest"]
+    figure, ax = new_figure(1, 1, (8, 1.4 + 0.42 * len(scores)))
+    for place, score in enumerate(scores):
+        after = ORANGE if score["topic"] in aims else BLUE
+        for name, shift, colour in (("before", -0.14, GREY), ("after", 0.14, after)):
+            bounds = (score[f"{name}_low"], score[f"{name}_high"])
+            ax.plot(bounds, (place + shift,) * 2, color=colour, linewidth=1.2, alpha=0.6)
+            ax.plot(score[name], place + shift, "o", color=colour)
+    handles = [ax.plot([], [], "o-", color=colour)[0] for colour in (GREY, BLUE, ORANGE)]
+    names = ("before", "after", "after, aim of the next round")
+    figure.legend(handles, names, frameon=False, fontsize=8, loc="outside upper right", ncols=3)
+    ax.set_yticks(range(len(scores)), [score["topic"] for score in scores])
+    ax.invert_yaxis()
+    ax.set_xlim(-0.02, 1.02)
+    ax.axvline(0.5, color=GREY, linewidth=0.8, linestyle="--")
+    ax.set_xlabel(f"score by the {measured['judge']} judge, with {measured['confidence']:.0%} intervals over probes")
+    return save_figure(figure, folder / CHART)

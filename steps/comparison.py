@@ -24,6 +24,7 @@ STRENGTH: dict[str, str | None] = {
     "ppo": "policy.ppo.kl.coefficient",
     "rloo": "policy.rloo.trainer.beta",
     "grpo": "policy.grpo.trainer.beta",
+    "spo": "policy.spo.trainer.beta",
     "chain_of_hindsight": None,
     "best_of_n": None,
 }

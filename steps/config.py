@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from steps.errors import RecipeError, did_you_mean
-from steps.policy_config import DPO, GRPO, PPO, RELATIVES, RLOO, BestOfN, ChainOfHindsight, Policy, Relative
+from steps.policy_config import DPO, GRPO, PPO, RELATIVES, RLOO, SPO, BestOfN, ChainOfHindsight, Policy, Relative
 from steps.sections import USUAL, Pairs, Section, checked_trainer
 
 
@@ -186,8 +186,18 @@ class Sampling(Section):
     temperatures: tuple[float, ...] = Field((), description="Further temperatures to tell the win rate at.")
 
 
+class Topics(Section):
+    """Evaluation topic by topic, before and after (PALMS, arXiv:2106.10328); `prompts` does not count then."""
+
+    file: str = Field("data/palms/topics.yaml", description="Topics with their positions, from the project's root.")
+    probes: str = Field("data/palms/probes.jsonl", description="Questions that are asked and never learnt from.")
+    answers: int = Field(3, ge=1, description="Answers to each probe, before and after.")
+    weakest: int = Field(2, ge=1, description="Topics the next round aims at: those with the lowest score after.")
+    demonstrations: int = Field(10, ge=1, description="Demonstrations the next round asks for.")
+
+
 class Evaluate(Sampling):
-    """Win rate of the policy against the SFT start, on prompts no step trained on."""
+    """Win rate of the policy against its start, on prompts no step trained on."""
 
     judge: Literal["gold", "reward", "llm"] = "gold"
     llm: LlmJudge | None = Field(None, description="The judge `llm`.")
@@ -203,6 +213,17 @@ class Evaluate(Sampling):
         False, description="Judge batch by batch and end once the policy is known to be better or worse than its start."
     )
     rouge: bool = Field(False, description="Overlap of answers with people's own, for tasks that have one answer.")
+    topics: Topics | None = Field(None, description="Evaluate by topics with a position, instead of held-out prompts.")
+
+    @model_validator(mode="after")
+    def _topics_fit(self) -> Evaluate:
+        if self.topics is None:
+            return self
+        if self.judge == "reward" and self.reward_model is None:
+            raise ValueError("topics are judged without a reward model of the recipe's own: name evaluate.reward_model")
+        if self.stop_early or self.temperatures or self.rouge:
+            raise ValueError("topics are asked all, at one temperature: leave out stop_early, temperatures and rouge")
+        return self
 
     @model_validator(mode="after")
     def _llm_is_described(self) -> Evaluate:
@@ -319,13 +340,20 @@ class Recipe(Section):
 
     STEPS: ClassVar[tuple[str, ...]] = ("base", "sft", "baseline", "reward", "policy", "evaluate", "gate")
 
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The steps of this recipe: topics are judged without pairs, and asked in the evaluation itself."""
+        left_out = ("baseline", "reward") if self.evaluate.topics else ()
+        return tuple(name for name in self.STEPS if name not in left_out)
+
     def used(self) -> dict[str, Any]:
         """The recipe as plain values, without the settings of methods that are not used."""
         values = self.model_dump(mode="json")
         method = values["policy"]["method"]
         policy = values["policy"]
         sections = ("dpo", method) if method in RELATIVES else (method,)  # relatives share DPO's pairs
-        values["policy"] = {"method": method, "start": policy["start"], **{name: policy[name] for name in sections}}
+        kept = {name: policy[name] for name in sections if name in policy}  # `sft` has no settings of its own
+        values["policy"] = {"method": method, "start": policy["start"], **kept}
         return values
 
     @field_validator("policy")
@@ -338,6 +366,14 @@ class Recipe(Section):
                 "set policy.ppo.backbone=separate"
             )
         return policy
+
+    @field_validator("evaluate")
+    @classmethod
+    def _topics_are_of_sft(cls, evaluate: Evaluate, known: ValidationInfo) -> Evaluate:
+        policy = known.data.get("policy")
+        if evaluate.topics and policy and policy.method != "sft":
+            raise ValueError("topics tell the base model from the SFT model; set policy.method=sft")
+        return evaluate
 
     @field_validator("name")
     @classmethod
@@ -495,6 +531,7 @@ SECTIONS: dict[str, type[Section]] = {
     "ppo": PPO,
     "rloo": RLOO,
     "grpo": GRPO,
+    "spo": SPO,
     "chain_of_hindsight": ChainOfHindsight,
     "best_of_n": BestOfN,
     "sampling": Sampling,

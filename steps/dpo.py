@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
+from torch import Tensor
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
@@ -19,13 +22,47 @@ from steps.lm_head import labelled_lm_head
 from steps.models import ADAPTER, checkpoint_files, frozen_depth, load_policy, load_tokenizer, save_weights
 from steps.pairs import training_and_held_out
 from steps.policy_config import DPO
+from steps.statistics import pair_accuracy
 from steps.tracking import Tracker
 from steps.training import AsksReference, LengthGrouped, arguments, held_out_metrics, run_trainer
 from steps.warm_start import begin_at
 
 
 class LengthGroupedDPOTrainer(LengthGrouped, AsksReference, DPOTrainer):
-    """TRL's DPOTrainer on length-grouped batches; says how far the reference's pass is."""
+    """TRL's DPOTrainer on length-grouped batches; says how far the reference's pass is.
+
+    `rewards/accuracies` is `statistics.pair_accuracy`, a tie counted ½; TRL counts it as wrong.
+    """
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        with gathered(self.accelerator) as seen:
+            found = super()._compute_loss(model, inputs, return_outputs)
+        chosen, rejected = (one.float().cpu().numpy() for one in seen[SIDES])
+        told = self._metrics["train" if self.model.training else "eval"]
+        told["rewards/accuracies"][-1] = pair_accuracy(chosen, rejected)
+        return found
+
+
+# Where the rewards of the two sides are among what TRL's loss gathers, counted from the end: what follows are
+# accuracies, margins and two log-probabilities.
+SIDES = slice(-6, -4)
+
+
+@contextmanager
+def gathered(accelerator: Accelerator) -> Iterator[list[Tensor]]:
+    """What is gathered from all processes while the body runs, in its order."""
+    seen: list[Tensor] = []
+    gather = accelerator.gather
+
+    def watched(tensor):
+        seen.append(gather(tensor))
+        return seen[-1]
+
+    accelerator.gather = watched  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        del accelerator.gather
 
 
 def tune_policy(dpo: DPO, dtype: str, *, preferences: Path, **step: Any) -> Facts:

@@ -55,7 +55,6 @@ def evaluate_policy(
     dtype: str,
     *,
     base: Path,
-    sft: Path,
     baseline: Path,
     reward: Path,
     policy: Path,
@@ -65,6 +64,7 @@ def evaluate_policy(
     seed: int,
     out: Path,
     tracker: Tracker,
+    sft: Path | None = None,
     champion: Path | None = None,
     classifier: Path | None = None,
 ) -> Facts:
@@ -75,6 +75,7 @@ def evaluate_policy(
         prompts: table of held-out prompts.
         preferences: its held-out pairs tell how far the judge agrees with people, and hold people's own answers.
         gold: table of answer, score that no training step saw; it may be empty where `evaluate.judge` is not `gold`.
+        sft: the start; None where that is the base, for the policy is the SFT model.
         champion: directory that holds the champion's weights.
         classifier: a reward model somebody else trained, for the judge `reward`.
 
@@ -97,15 +98,7 @@ def evaluate_policy(
         reward_identity=stranger.identity if stranger else digest_file(reward / MANIFEST),
         verdicts=Var().folder("verdicts") if evaluate.judge == "llm" else out,
     )
-    folders = {START: sft, POLICY: policy, **({} if champion is None else {CHAMPION: champion})}
-    models = {
-        name: Contestant(
-            load_policy(base, dtype, folder / ADAPTER),
-            answers_drawn(folder / ADAPTER),
-            after=asked_after(folder / ADAPTER),
-        )
-        for name, folder in folders.items()
-    }
+    models = contestants(base, dtype, start=sft, policy=policy, champion=champion)
     models[START] = replace(models[START], said=read_baseline(baseline))
     own_words = human.drop_duplicates("prompt").set_index("prompt")["chosen"].to_dict()
     contest = Contest(evaluate, models, tokenizer, own_words, judge, scores, seed, tracker)
@@ -133,6 +126,27 @@ def evaluate_policy(
     tracker.metrics({**numbers, **group_metrics(facts.get("win_rate_by", ()))}, 0)
     (out / EVALUATION).write_text(json.dumps(facts, indent=1), encoding="utf-8")  # so that the gate's key sees them
     return facts
+
+
+def contestants(
+    base: Path, dtype: str, *, start: Path | None, policy: Path, champion: Path | None
+) -> dict[str, Contestant]:
+    """Whoever answers, from the folders that hold their weights.
+
+    Args:
+        start: None for the base itself.
+    """
+    folders = {START: start, POLICY: policy, **({} if champion is None else {CHAMPION: champion})}
+    return {
+        name: Contestant(load_policy(base, dtype))
+        if folder is None
+        else Contestant(
+            load_policy(base, dtype, folder / ADAPTER),
+            answers_drawn(folder / ADAPTER),
+            after=asked_after(folder / ADAPTER),
+        )
+        for name, folder in folders.items()
+    }
 
 
 def comparisons(table: pd.DataFrame, evaluate: Evaluate, seed: int) -> Facts:

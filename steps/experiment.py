@@ -37,10 +37,10 @@ from steps import (
     tracking,
     versions,
 )
-from steps.artifact import CHART, COMPLETIONS, MANIFEST
+from steps.artifact import CHART, COMPLETIONS, MANIFEST, NEXT_ROUND
 from steps.base import locate
 from steps.config import Recipe
-from steps.errors import EnvironmentProblem, Interrupted, PrefloopError
+from steps.errors import EnvironmentProblem, Interrupted, PrefloopError, RecipeError
 from steps.launch import launcher
 from steps.paths import Var, need_space
 from steps.progress import watch
@@ -66,6 +66,8 @@ HEADLINES: dict[str, tuple[str, ...]] = {
         "win_rate_high",
         "win_rate_by_reward",
         "win_rate_length_controlled",
+        "palms_before",
+        "palms_after",
         "human_win_rate",
         "length_ratio",
         "policy_kl",
@@ -195,6 +197,10 @@ class Experiment:
         self.known["source"] = locate(self.recipe.model.base, self.recipe.model.revision, self.root)
         if judge := self.recipe.evaluate.reward_model:
             self.known["classifier"] = locate(judge, self.recipe.evaluate.reward_revision, self.root)
+        if topics := self.recipe.evaluate.topics:
+            from steps import palms
+
+            self.known |= palms.inputs(self.root / topics.file, self.root / topics.probes)
 
     def _import_ahead(self) -> None:
         """Begin to import what coming steps need, if any is to come; seconds that pass while DVC works."""
@@ -203,7 +209,7 @@ class Experiment:
         try:
             coming = [plan.step for plan in ahead.plan() if plan.what != "reuse"]
         except PrefloopError:  # the data is not there yet
-            coming = list(self.recipe.STEPS)
+            coming = list(self.recipe.steps)
         if coming:
             self.launch.prepare([pipeline.module_of(name, self.recipe) for name in coming])
         _ = self.forwarder.client
@@ -224,6 +230,17 @@ class Experiment:
         except PrefloopError:
             self._end("FAILED")
             raise
+        return self.make(name, spec, pipeline.tables_of(name, self.recipe))
+
+    def make(self, name: str, spec: StepSpec, tables: list[str]) -> Outcome:
+        """Find the artifact of a spec or make it; also of work beside the pipeline, on what its steps made.
+
+        Args:
+            tables: of the data, what it reads.
+
+        Raises:
+            PrefloopError: with the command that repeats just this step, where it is one of the pipeline's.
+        """
 
         def start(partial: Path, resumed: bool) -> None:
             tags = {"prefloop.step": name, "prefloop.key": spec.key, "prefloop.resumed": str(resumed)}
@@ -232,7 +249,7 @@ class Experiment:
             )
             if not resumed:
                 tracking.append(partial, "params", values=flat({"seed": spec.seed, **spec.config}))
-                if tables := pipeline.tables_of(name, self.recipe):
+                if tables:
                     tracking.append(partial, "inputs", datasets=self._datasets(tables))
 
         def work(partial: Path) -> None:
@@ -247,7 +264,8 @@ class Experiment:
                 outcome = run_step(spec, self.store, work, start)
         except PrefloopError as error:
             self._end("FAILED", self.store.partial(spec))
-            error.then = error.then or f"`{self.repeat_command(name)}` repeats just this step"
+            if name in Recipe.STEPS:
+                error.then = error.then or f"`{self.repeat_command(name)}` repeats just this step"
             raise
         except KeyboardInterrupt as stop:
             self._end("KILLED", self.store.partial(spec))
@@ -282,6 +300,8 @@ class Experiment:
         Args:
             again: run it although its artifact is there; the old one is dropped first.
         """
+        if name not in self.recipe.steps:
+            raise RecipeError(f"this recipe has no step '{name}'", have=", ".join(self.recipe.steps))
         self._find_others(name)
         if again:
             self.store.forget(self.spec(name))
@@ -344,7 +364,7 @@ class Experiment:
         self._start = registry.champion(self.forwarder.client, self.recipe.name)
         if self._start is None:
             return
-        start = self._adapter_of(self._start)
+        start = self.adapter_of(self._start)
         after, method = policy_prompt.asked_after(start.path / "adapter"), self.recipe.policy.method
         if after and method != "chain_of_hindsight":
             raise PrefloopError(
@@ -361,10 +381,14 @@ class Experiment:
         if self._met is not None and self._met.tags.get("policy_digest") == self._policy_digest():
             self._met = registry.met_by(self.forwarder.client, self._met)
         if self._met is not None:
-            self.known["champion"] = self._adapter_of(self._met)
+            self.known["champion"] = self.adapter_of(self._met)
 
-    def _adapter_of(self, version: registry.Version) -> Input:
-        """A registered adapter, as an input of a step."""
+    def adapter_of(self, version: registry.Version) -> Input:
+        """A registered adapter, as an input of a step.
+
+        Raises:
+            PrefloopError: it stands on another base model.
+        """
         if version.tags.get("base_digest") != self.known["base"].digest:
             raise PrefloopError(
                 "the champion stands on another base model, so the two cannot answer side by side",
@@ -445,6 +469,9 @@ class Experiment:
         for name, folder in folders.items():
             if (folder / CHART).is_file():
                 shutil.copyfile(folder / CHART, self.folder / f"{'report' if name == 'evaluate' else name}.png")
+        if (aim := folders["evaluate"] / NEXT_ROUND).is_file():
+            shutil.copyfile(aim, self.folder / NEXT_ROUND)
+            tracking.append(self.folder, "artifact", path=NEXT_ROUND)
         text = self.markdown(model)
         (self.folder / "report.md").write_text(text, encoding="utf-8")
         for file in [*sorted(self.folder.glob("*.png")), self.folder / "report.md"]:
@@ -509,7 +536,7 @@ class Experiment:
         self._find_models()
         self.data = versions.current(self.recipe.data.name, self.root)
         self.known |= {f"data/{name}": table for name, table in self.data.tables.items()}
-        for name in self.recipe.STEPS:
+        for name in self.recipe.steps:
             try:
                 if name != "evaluate" or "policy" in self.known:
                     self._find_others(name)

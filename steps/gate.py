@@ -76,10 +76,15 @@ def _guarded(name: str, value: Any, guard: Guard) -> tuple[bool, str]:
 
 
 def judge_evaluation(
-    gate: Gate, *, evaluate: Path, reward: Path, policy: Path, seed: int, out: Path, tracker: Tracker
+    gate: Gate, *, evaluate: Path, policy: Path, seed: int, out: Path, tracker: Tracker, reward: Path | None = None
 ) -> Facts:
-    """Read an evaluation's facts and all steps' alarms and decide; the verdict is kept as `verdict.json`."""
-    facts = [json.loads((step / MANIFEST).read_text(encoding="utf-8"))["facts"] for step in (reward, policy, evaluate)]
+    """Read an evaluation's facts and all steps' alarms and decide; the verdict is kept as `verdict.json`.
+
+    Args:
+        reward: None where the recipe has no reward model.
+    """
+    steps = [step for step in (reward, policy, evaluate) if step is not None]
+    facts = [json.loads((step / MANIFEST).read_text(encoding="utf-8"))["facts"] for step in steps]
     verdict = decide(facts[-1], gate, [alarm for found in facts for alarm in found.get("alarms", ())])
     (out / "verdict.json").write_text(json.dumps(verdict, indent=1), encoding="utf-8")
     return verdict

@@ -1,23 +1,27 @@
-"""RLOO and GRPO: several answers to a prompt are each other's baseline, so no critic is needed."""
+"""RLOO, GRPO and SPO: several answers to a prompt are held against each other, so no critic is needed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, set_seed
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer import grpo_trainer, rloo_trainer
 
 from steps.artifact import Facts
-from steps.backbone import REFERENCE, REWARD, Scorer, active, add_adapter, linear_head, token_log_probs
+from steps.backbone import REFERENCE, REWARD, Rows, Scorer, active, add_adapter, linear_head, token_log_probs
 from steps.implicit_rewards import HeldOut
 from steps.lm_head import labelled_lm_head
 from steps.models import ADAPTER, is_whole_model, load_policy, load_reward_model, load_tokenizer, score_head
 from steps.pairs import held_out_pairs
-from steps.policy_config import GRPO, RLOO
-from steps.reward_scorers import careful_scorer, members_of
+from steps.policy_config import GRPO, RLOO, SPO, Groups
+from steps.reward_model import Reading
+from steps.reward_scorers import CarefulScorer, careful_scorer, members_of
 from steps.rollouts import (
     AnswerReward,
     OnPolicyTrainer,
@@ -26,6 +30,7 @@ from steps.rollouts import (
     prompts_of,
     rollout_arguments,
 )
+from steps.self_play import for_leave_one_out, preferences, win_rates
 from steps.tracking import Tracker
 from steps.warm_start import begin_at
 
@@ -59,6 +64,56 @@ class GroupRelativeTrainer(GroupTrainer, GRPOTrainer):
     """TRL's GRPOTrainer with answers that repeat and checkpoints that are exact."""
 
 
+class ComparedReward(AnswerReward):
+    """The same scores, with what answers are compared by.
+
+    Attributes:
+        members: (N, B) what each member of the reward model gives this process's last answers, on the scale its
+            differences are log-odds on: the reward's own may be another (`Reading`).
+    """
+
+    def __init__(self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, batch: int) -> None:
+        careful = scorer if isinstance(scorer, CarefulScorer) else CarefulScorer([scorer], Reading())
+        super().__init__(careful, tokenizer, batch)
+        self.careful, self.members = careful, torch.zeros(1, 0)
+
+    def scores(self, rows: Rows, pad: int) -> Tensor:
+        self.members = torch.cat([self.careful.members(part, pad) for part in rows.split(self.batch)], 1)
+        return self.careful.scaled(self.members)
+
+
+class SelfPlayTrainer(LeaveOneOutTrainer):
+    """RLOO of answers that are worth what they win against the others to their prompt (`steps.self_play`).
+
+    Attributes:
+        scores: (B,) what the reward model gives the last answers of all processes.
+        win_rates: (P, G) what they win, G answers to each of P prompts.
+    """
+
+    scores: Tensor
+    win_rates: np.ndarray
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self.scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)[:, 0]
+        # Of all processes, as TRL's scores are: the answers to a prompt may be spread over several.
+        members = self.accelerator.gather(self.reward_funcs[0].members.T.contiguous()).T.float().cpu().numpy()
+        rates = win_rates(preferences(members.reshape(len(members), -1, self.num_generations)).mean(0))
+        self.win_rates = rates
+        return torch.from_numpy(for_leave_one_out(rates)).to(self.scores).view(-1, 1)
+
+    def _generate_and_score_completions(self, inputs):
+        out = super()._generate_and_score_completions(inputs)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["reward"][-1] = self.scores.mean().item()  # TRL noted the win rates, whose mean says nothing
+        metrics["win_rate_deviation"].append(float(self.win_rates.std()))
+        metrics["win_rate_best"].append(float(self.win_rates.max(1).mean()))
+        return out
+
+    def tell(self, inputs, out, **more):
+        first = self.accelerator.process_index * len(inputs)
+        super().tell(inputs, out, win_rate=self.win_rates.ravel()[first : first + len(inputs)].tolist(), **more)
+
+
 def tune_by_rloo(rloo: RLOO, dtype: str, **step: Any) -> Facts:
     """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740) from the SFT model; see `tune_policy`."""
     return tune_policy("rloo", rloo, dtype, **step)
@@ -69,15 +124,21 @@ def tune_by_grpo(grpo: GRPO, dtype: str, **step: Any) -> Facts:
     return tune_policy("grpo", grpo, dtype, **step)
 
 
+def tune_by_spo(spo: SPO, dtype: str, **step: Any) -> Facts:
+    """Self-play preference optimisation (Swamy et al. 2024, arXiv:2401.04056) from the SFT model."""
+    return tune_policy("spo", spo, dtype, **step)
+
+
 KINDS = {
-    "rloo": (LeaveOneOutTrainer, RLOOConfig, rloo_trainer),
-    "grpo": (GroupRelativeTrainer, GRPOConfig, grpo_trainer),
+    "rloo": (LeaveOneOutTrainer, RLOOConfig, rloo_trainer, AnswerReward),
+    "grpo": (GroupRelativeTrainer, GRPOConfig, grpo_trainer, AnswerReward),
+    "spo": (SelfPlayTrainer, RLOOConfig, rloo_trainer, ComparedReward),
 }
 
 
 def tune_policy(
     method: str,
-    config: RLOO | GRPO,
+    config: Groups,
     dtype: str,
     *,
     base: Path,
@@ -92,13 +153,14 @@ def tune_policy(
     """Let TRL's trainer raise what our reward model gives the policy's answers.
 
     Args:
+        method: of `KINDS`.
         sft: the SFT step's artifact; policy and reference both start there.
         reward: the reward step's artifact.
         preferences: prompts of its part `train` are answered; its held-out pairs measure the implicit reward.
         start: another policy to begin the training at; the reference stays the SFT model.
     """
     set_seed(seed)
-    kind, arguments_of, module = KINDS[method]
+    kind, arguments_of, module, reward_of = KINDS[method]
     tokenizer, model = load_tokenizer(base), load_policy(base, dtype, sft / ADAPTER, trainable=True)
     scorer = reward_scorer(model, base, dtype, reward / ADAPTER)
     frozen = REFERENCE if isinstance(model, PeftModel) else None
@@ -113,7 +175,7 @@ def tune_policy(
     with labelled_lm_head(module, entropy_gradient=getattr(args, "entropy_coef", 0) > 0):
         trainer = kind(
             model,
-            AnswerReward(scorer, tokenizer, args.per_device_train_batch_size),
+            reward_of(scorer, tokenizer, args.per_device_train_batch_size),
             args=args,
             train_dataset=prompt_rows(prompts),
             processing_class=tokenizer,

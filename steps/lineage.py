@@ -348,6 +348,8 @@ def _add_inputs(
 _MODELS = {
     "source": ("model.base", "model.revision"),
     "classifier": ("evaluate.reward_model", "evaluate.reward_revision"),
+    "topics": ("evaluate.topics.file", ""),
+    "probes": ("evaluate.topics.probes", ""),
 }
 
 

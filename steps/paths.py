@@ -35,7 +35,7 @@ class Var:
     `mlflow.db`, `mlflow-artifacts/` (tracking), `store/` (step artifacts), `runs/` (reports), `champions/` (fetched
     adapters), `prefect/` (Prefect's home), `downloads/` (fetched sources), `logs/` and `ui.json` (the servers'),
     `verdicts/` (what judges that cost something said), `blind/` (which side is which in what people
-    compare), and by default `dvc-remote/`.
+    compare), `collections/` (rounds of online collection), and by default `dvc-remote/`.
     """
 
     def __init__(self, root: Path | None = None) -> None:

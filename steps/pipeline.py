@@ -6,7 +6,7 @@ The one place that says what a step depends on; the flow only says in which orde
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from steps import alarms
@@ -24,7 +24,7 @@ class Step:
         function: `module:function`.
         config: argument name → dotted path in the recipe.
         inputs: argument name → an earlier step, or `data/TABLE`, or `source` (the base model's files), or `classifier`,
-            or `start` and `champion` (adapters of an earlier run).
+            or `topics` and `probes` (files), or `start` and `champion` (adapters of an earlier run).
         optional: inputs that may be absent.
         random: whether the recipe's seed matters to it; what does not draw is shared by all seeds.
     """
@@ -85,6 +85,30 @@ NORMALISED_REWARD = Step(
     {"base": "base", "preferences": "data/preferences", "baseline": "baseline"},
 )
 
+# The evaluation of a recipe that names topics, and the gate behind it: without pairs there is no reward model.
+BY_TOPIC = {
+    "evaluate": Step(
+        "steps.palms_evaluation:evaluate_topics",
+        {"evaluate": "evaluate", "dtype": "model.dtype"},
+        {
+            "base": "base",
+            "policy": "policy",
+            "topics": "topics",
+            "probes": "probes",
+            "demonstrations": "data/demonstrations",
+            "champion": "champion",
+            "classifier": "classifier",
+        },
+        optional=frozenset({"champion", "classifier"}),
+    ),
+    "gate": replace(STEPS["gate"], inputs={name: name for name in ("evaluate", "policy")}),
+}
+# Where the policy is the SFT model itself, what it is held against is the base.
+FROM_BASE = {
+    name: replace(STEPS[name], inputs={role: given for role, given in STEPS[name].inputs.items() if role != "sft"})
+    for name in ("baseline", "evaluate")
+}
+
 _START = {"start": "start"}  # where training begins, when not at the SFT model
 _FROM_REWARD = {"base": "base", "sft": "sft", "reward": "reward", "preferences": "data/preferences", **_START}
 
@@ -127,6 +151,12 @@ POLICIES: dict[str, Step] = {
         _FROM_REWARD,
         optional=frozenset(_START),
     ),
+    "spo": Step(
+        "steps.group_policy:tune_by_spo",
+        {"spo": "policy.spo", "dtype": "model.dtype"},
+        _FROM_REWARD,
+        optional=frozenset(_START),
+    ),
     "chain_of_hindsight": Step(
         "steps.chain_of_hindsight:tune_policy",
         {"chain_of_hindsight": "policy.chain_of_hindsight", "dtype": "model.dtype"},
@@ -140,13 +170,18 @@ POLICIES: dict[str, Step] = {
         optional=frozenset(_START),
     ),
     "best_of_n": Step("steps.best_of_n:tune_policy", {"best_of_n": "policy.best_of_n"}, {"sft": "sft"}),
+    "sft": Step("steps.sft_only:keep_policy", {}, {"sft": "sft"}, random=False),
 }
 
 TABLES = ("demonstrations", "preferences", "prompts", "gold")
 
 
 def step_of(name: str, recipe: Recipe) -> Step:
-    """The row of a step; the policy's depends on the recipe's method, the reward model's on its scale."""
+    """The row of a step, which depends on the recipe's method, the scale of its reward, and how it evaluates."""
+    if recipe.evaluate.topics and name in BY_TOPIC:
+        return BY_TOPIC[name]
+    if recipe.policy.method == "sft" and name in FROM_BASE:
+        return FROM_BASE[name]
     if name == "reward" and recipe.reward.normalise:
         return NORMALISED_REWARD
     return POLICIES[recipe.policy.method] if name == "policy" else STEPS[name]

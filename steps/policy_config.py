@@ -169,16 +169,39 @@ class PPO(OnPolicy):
     trainer: Annotated[dict[str, Any], checked_trainer("ppo")] = USUAL
 
 
-class RLOO(OnPolicy):
+class Groups(OnPolicy):
+    """What methods have in common that draw several answers to a prompt, `trainer.num_generations`."""
+
+    trainer: dict[str, Any] = USUAL
+
+    @field_validator("trainer")
+    @classmethod
+    def _more_than_one_answer(cls, trainer: dict[str, Any]) -> dict[str, Any]:
+        answers = trainer.get("num_generations", 2)
+        if not isinstance(answers, int) or answers < 2:
+            raise ValueError(f"num_generations: answers to a prompt are held against each other, from 2; got {answers}")
+        return trainer
+
+
+class RLOO(Groups):
     """REINFORCE leave-one-out (arXiv:2402.14740), TRL's trainer on our reward model."""
 
     trainer: Annotated[dict[str, Any], checked_trainer("rloo")] = USUAL
 
 
-class GRPO(OnPolicy):
+class GRPO(Groups):
     """Group-relative policy optimisation (arXiv:2402.03300), TRL's trainer on our reward model."""
 
     trainer: Annotated[dict[str, Any], checked_trainer("grpo")] = USUAL
+
+
+class SPO(Groups):
+    """Self-play preference optimisation (arXiv:2401.04056): RLOO of how often an answer wins against the others.
+
+    `trainer.beta` is in win rate per nat.
+    """
+
+    trainer: Annotated[dict[str, Any], checked_trainer("spo")] = USUAL
 
 
 class ChainOfHindsight(Pairs):
@@ -239,7 +262,7 @@ class Policy(Section):
 
     method: Literal[
         "dpo", "ipo", "cdpo", "robust", "rso", "kto", "simpo", "cpo", "orpo", "slic", "slic_sample_rank",
-        "ppo", "rloo", "grpo", "chain_of_hindsight", "best_of_n",
+        "ppo", "rloo", "grpo", "spo", "chain_of_hindsight", "best_of_n", "sft",
     ] = "dpo"  # fmt: skip
     start: Literal["sft", "champion"] = Field(
         "sft",
@@ -260,13 +283,14 @@ class Policy(Section):
     ppo: PPO = PPO()  # type: ignore[call-arg]
     rloo: RLOO = RLOO()  # type: ignore[call-arg]
     grpo: GRPO = GRPO()  # type: ignore[call-arg]
+    spo: SPO = SPO()  # type: ignore[call-arg]
     chain_of_hindsight: ChainOfHindsight = ChainOfHindsight()  # type: ignore[call-arg]
     best_of_n: BestOfN = BestOfN()  # type: ignore[call-arg]
 
     @model_validator(mode="after")
     def _start_is_trained_from(self) -> Policy:
-        if self.method == "best_of_n" and self.start == "champion":
-            raise ValueError("best_of_n trains nothing that could start at the champion; set policy.start=sft")
+        if self.method in ("best_of_n", "sft") and self.start == "champion":
+            raise ValueError(f"{self.method} trains nothing that could start at the champion; set policy.start=sft")
         return self
 
     @property

@@ -39,7 +39,7 @@ def describe(recipe: Recipe, text: str) -> dict[str, str]:
         "prefloop.packages": f"{len(installed)} packages, sha256 {_sha256(installed)[:16]}",
         "prefloop.threads": {**os.environ, **thread_environment(recipe.launch.threads)}["OMP_NUM_THREADS"],
         **{f"prefloop.{name}": value for name, value in hardware().items()},
-        **{f"code.{name}": code.code_digest(pipeline.module_of(name, recipe))[:16] for name in recipe.STEPS},
+        **{f"code.{name}": code.code_digest(pipeline.module_of(name, recipe))[:16] for name in recipe.steps},
     }
 
 

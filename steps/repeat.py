@@ -55,6 +55,10 @@ def _steps(job: dict[str, Any]) -> Any:
     known["source"] = _model(recipe.model.base, recipe.model.revision, tree, project)
     if judge := getattr(recipe.evaluate, "reward_model", None):
         known["classifier"] = _model(judge, recipe.evaluate.reward_revision, tree, project)
+    if topics := getattr(recipe.evaluate, "topics", None):
+        from steps import palms
+
+        known |= palms.inputs(tree / topics.file, tree / topics.probes)
     store, launch = Store(Path(job["store"])), launcher(recipe.launch)
     for name in recipe.STEPS:
         if name not in job["steps"]:

@@ -38,6 +38,8 @@ def headline(name: str, facts: Mapping[str, Any]) -> str:
             f"[{facts['accuracy_low']:.2f}, {facts['accuracy_high']:.2f}]"
         )
     if name == "policy":
+        if facts["method"] == "sft":
+            return "the SFT model as it is; its start is the base model"
         if facts["method"] == "best_of_n":
             return f"the best of {facts['n']} answers, at most {facts['kl_bound']:.1f} nats from the start"
         if "reward" in facts:
@@ -57,6 +59,10 @@ def headline(name: str, facts: Mapping[str, Any]) -> str:
         )
     if name == "gate":
         return "promote" if facts["promote"] else "keep back"
+    if name == "sample":
+        return f"{facts['samples']} answers to {facts['prompts']} prompts, {facts['tokens']:.1f} tokens on average"
+    if name == "label":
+        return f"{facts['labels']:,} labels"
     return ""
 
 
@@ -74,12 +80,16 @@ def step_rows(
 def findings(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a reader should know beyond the numbers, in sentences."""
     measured, policy = facts["evaluate"], facts["policy"]
+    before = "the base model" if policy["method"] == "sft" else "its SFT start"
+    by_reward = measured.get("win_rate_by_reward")
     said = [
-        f"On {measured['prompts']} held-out prompts the {measured['judge']} judge prefers the tuned policy to its SFT "
-        f"start in {measured['win_rate']:.1%} ({measured['confidence']:.0%} interval {measured['win_rate_low']:.1%} to "
+        f"On {measured['prompts']} held-out prompts the {measured['judge']} judge prefers the tuned policy to {before} "
+        f"in {measured['win_rate']:.1%} ({measured['confidence']:.0%} interval {measured['win_rate_low']:.1%} to "
         f"{measured['win_rate_high']:.1%}; {measured['win_rate_wins']} wins, {measured['win_rate_ties']} ties, "
-        f"{measured['win_rate_losses']} losses). The reward model prefers it in {measured['win_rate_by_reward']:.1%}.",
+        f"{measured['win_rate_losses']} losses)."
+        + ("" if by_reward is None else f" The reward model prefers it in {by_reward:.1%}."),
         judge_in_words(measured),
+        *topics_in_words(measured),
         f"Answers have {measured['policy_tokens']:.1f} tokens on average, the start's {measured['start_tokens']:.1f} "
         f"(× {measured['length_ratio']:.2f}).",
     ]
@@ -153,6 +163,21 @@ def groups_in_words(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     return said
 
 
+def topics_in_words(measured: Mapping[str, Any]) -> list[str]:
+    """A sentence for each topic with a position, and what the next round aims at; nothing of other evaluations."""
+    if "topics" not in measured:
+        return []
+    said = [
+        f"{_quoted(score['topic'])}: {score['before']:.2f} before ({score['before_low']:.2f} to "
+        f"{score['before_high']:.2f}), {score['after']:.2f} after ({score['after_low']:.2f} to "
+        f"{score['after_high']:.2f}); {score['change']:+.2f} ({score['change_low']:+.2f} to "
+        f"{score['change_high']:+.2f}, {score['probes']} probes)."
+        for score in measured["topics"]
+    ]
+    aims = ", ".join(f"{_quoted(name)} ({count})" for name, count in measured["weakest"].items())
+    return [*said, f"The next round aims at the weakest topics, with so many new demonstrations: {aims}."]
+
+
 def _prompts(group: Mapping[str, Any]) -> int:
     return int(group["win_rate_wins"] + group["win_rate_ties"] + group["win_rate_losses"])
 
@@ -170,7 +195,12 @@ def judge_in_words(measured: Mapping[str, Any]) -> str:
         "reward": "The judge is a reward model (one the policy was tuned against flatters it); it",
         "llm": "The judge is a language model, asked in both orders; it",
     }
-    said = f"{of[measured['judge']]} orders {measured['judge_accuracy']:.1%} of held-out human pairs as people did"
+    if "topics" in measured:
+        of["gold"] = "The judge knows the words of the other probes' answers, and nothing of what they mean; it"
+        tried = "of the probes' answers as they were written, against a bad one and against a good one on another topic"
+    else:
+        tried = "of held-out human pairs as people did"
+    said = f"{of[measured['judge']]} orders {measured['judge_accuracy']:.1%} {tried}"
     if measured.get("judge_swap_consistency", 1) < 1:
         said += f", and {measured['judge_swap_consistency']:.1%} of its verdicts stay when the answers change places"
     if measured.get("judge_ceiling"):

@@ -29,6 +29,7 @@ from steps.models import (
     load_tokenizer,
     lora_config,
     save_weights,
+    torch_dtype,
 )
 from steps.pairs import COLUMNS, first_pairs, fitting_pairs
 from steps.rankings import GROUP, groups_of, torn, whole_groups
@@ -178,6 +179,11 @@ def train_member(
     model = load_reward_model(base, dtype if lora else MASTER)
     pairwise = reward.loss == "bradley_terry"
     trainer = PairTrainer(model, **shared) if pairwise else GroupTrainer(model, reward=reward, **shared)
+    if lora and dtype == "nf4":
+        # Over 4-bit weights TRL makes all that is trained bfloat16; a head of float32 states has to be float32.
+        for weight in trainer.model.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.to(torch_dtype(dtype))
     trainer.checkpoint_files = checkpoint_files(trainer.model)
     run_trainer(trainer, tracker)
     trainer.rewards.clear()  # of evaluations on the way

@@ -27,10 +27,16 @@ class CarefulScorer(Scorer):
         self.head = nn.ModuleList([scorer.head for scorer in self.scorers])  # type: ignore[assignment]
 
     def scores(self, rows: Rows, pad: int) -> Tensor:
+        return self.scaled(self.members(rows, pad))
+
+    def members(self, rows: Rows, pad: int) -> Tensor:
+        """(N, B) each member's scores − c · standard deviation over the members, on the scale they were trained on."""
         members = torch.stack([scorer.scores(rows, pad) for scorer in self.scorers])
-        members = (members - self.reading.mean) / self.reading.deviation
-        apart = members.std(0) if len(members) > 1 else 0.0
-        return members.mean(0) - self.reading.penalty * apart
+        return members - self.reading.penalty * members.std(0) if len(members) > 1 else members
+
+    def scaled(self, members: Tensor) -> Tensor:
+        """(B,) the reward, from (N, B) what `members` gives."""
+        return (members.mean(0) - self.reading.mean) / self.reading.deviation
 
 
 def careful_scorer(first: Scorer, weights: Path, member: Callable[[str, Path], Scorer], *, scaled: bool) -> Scorer:

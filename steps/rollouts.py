@@ -22,7 +22,7 @@ from steps.errors import DataError, StepFailed
 from steps.frozen_layers import FrozenLayers
 from steps.implicit_rewards import HeldOut
 from steps.models import checkpoint_files, save_weights
-from steps.policy_config import GRPO, PPO, RLOO, OnPolicy
+from steps.policy_config import PPO, Groups, OnPolicy
 from steps.sampling import draw_tokens, uniforms_of
 from steps.tracking import Tracker
 from steps.training import arguments, run_trainer
@@ -31,7 +31,7 @@ SAMPLES = "samples"
 # Of what TRL reports of answers; the names on the right are the project's.
 RENAMED = {"completions/mean_length": "completion_length", "clip_ratio/region_mean": "clip_fraction"}
 OF_GROUPS = ("reward_std", "frac_reward_zero_std", "step_time", "num_tokens")
-LAST = ("reward", "kl", "entropy", "explained_variance", "completion_length", "ended")
+LAST = ("reward", "kl", "entropy", "explained_variance", "completion_length", "ended", "win_rate_deviation")
 
 
 class AnswerReward:
@@ -53,13 +53,20 @@ class AnswerReward:
     def __call__(
         self, prompts: Sequence[str], completions: Any, completion_ids: Sequence[Sequence[int]], **_: Any
     ) -> list[float]:
+        self.latest = self.scores(self.rows(prompts, completion_ids), self.tokenizer.pad_token_id)
+        return self.latest.tolist()
+
+    def rows(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]]) -> Rows:
+        """Prompts and answers, each with its end, where the scorer is."""
         end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         asked = self.tokenizer(list(prompts))["input_ids"]
         # Where padding and end are one token the score is read before it, so that it need not be there.
         whole = [[*ids] if end == pad or (ids and ids[-1] == end) else [*ids, end] for ids in completion_ids]
-        rows = Rows.of(asked, whole, pad).to(self.scorer.model.device)
-        self.latest = torch.cat([self.scorer.scores(part, pad) for part in rows.split(self.batch)])
-        return self.latest.tolist()
+        return Rows.of(asked, whole, pad).to(self.scorer.model.device)
+
+    def scores(self, rows: Rows, pad: int) -> torch.Tensor:
+        """(B,) what each row is worth."""
+        return torch.cat([self.scorer.scores(part, pad) for part in rows.split(self.batch)])
 
 
 class PromptSampler(RepeatSampler):
@@ -199,7 +206,7 @@ def updates_per_rollout(args: GRPOConfig) -> int:
 
 
 def rollout_arguments(
-    kind: Any, config: PPO | RLOO | GRPO, usual: Mapping[str, Any], *, seed: int, out: Path, **fixed: Any
+    kind: Any, config: PPO | Groups, usual: Mapping[str, Any], *, seed: int, out: Path, **fixed: Any
 ) -> Any:
     """A TRL configuration that makes the recipe's number of rollouts; reports and checkpoints come once for each.
 

@@ -35,7 +35,7 @@ GRADES = ("no", "maybe", "yes")
 LEARNS = (TRAINED, ASKED, UNCLEAR)  # what may leave a trace in weights
 HINDSIGHT = "chain_of_hindsight"
 PAIRED = ("reward", "dpo", HINDSIGHT)
-ON_POLICY = ("ppo", "rloo", "grpo")
+ON_POLICY = ("ppo", "rloo", "grpo", "spo")
 
 
 @dataclass(frozen=True)
@@ -391,6 +391,8 @@ def used(step: str, table: str, frame: pd.DataFrame, params: Mapping[str, str]) 
     elif step in ("baseline", "evaluate") and table == "prompts":
         asked = settings.whole("evaluate.prompts", settings.whole("sampling.prompts"))
         lines[:asked] = MEASURED
+    elif step == "evaluate" and table == "demonstrations":
+        pass  # only held against the probes
     elif step == "evaluate" and table == "gold":
         lines[:] = FITTED
     elif step == "evaluate" and table == "preferences":

@@ -130,7 +130,9 @@ def few_groups(labels: Sequence[object], least: int = 10, most: int = 10) -> lis
 
 
 def pair_accuracy(chosen: Numbers, rejected: Numbers) -> float:
-    """Share of pairs whose chosen side scores higher, a tie counted ½.
+    """Share of pairs whose chosen side scores higher, a tie counted ½: the one rule for every accuracy of pairs.
+
+    A tie is neither right nor wrong. Whoever knows nothing comes to ½ by it, whether he ties or guesses.
 
     Args:
         chosen, rejected: (n,).

@@ -22,6 +22,7 @@ CONFIGS = {
     "ppo": ("trl/trainer/grpo_config.py", "GRPOConfig"),
     "rloo": ("trl/trainer/rloo_config.py", "RLOOConfig"),
     "grpo": ("trl/trainer/grpo_config.py", "GRPOConfig"),
+    "spo": ("trl/trainer/rloo_config.py", "RLOOConfig"),
     "chain_of_hindsight": ("trl/trainer/sft_config.py", "SFTConfig"),
 }
 # Where the classes those inherit from are defined.
@@ -91,6 +92,11 @@ OWNED_OF: dict[str, dict[str, str]] = {
         **dict.fromkeys(("eval_strategy", "eval_steps", "eval_on_start"), "held-out pairs are measured at the end"),
     },
     "grpo": _ROLLOUTS,
+    "spo": {
+        **_ROLLOUTS,
+        "reward_clip_range": "a win rate lies between 0 and 1",
+        "reward_weights": "there is one reward model",
+    },
     "ppo": {
         **_ROLLOUTS,
         **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty"), _WHOLE),

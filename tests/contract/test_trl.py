@@ -16,6 +16,7 @@ from trl import DPOTrainer, GRPOConfig, GRPOTrainer, KTOTrainer, RewardTrainer, 
 from trl.trainer import dpo_trainer, grpo_trainer, kto_trainer, rloo_trainer, sft_trainer
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head
 
+from steps.dpo import SIDES
 from steps.lm_head import add_labelled_lm_head
 from steps.pair_losses import cpo_loss, orpo_loss, simpo_loss
 from steps.pair_methods import REWARDS
@@ -58,6 +59,7 @@ def test_the_sampler_and_the_metrics_are_where_they_are_overridden() -> None:
 ROLLOUTS = {
     "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields"],
     "_generate_and_score_completions": ["inputs"],
+    "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
     "_prepare_inputs": ["generation_batch"],
     "_compute_loss": ["model", "inputs"],
     "_get_train_sampler": ["dataset"],
@@ -106,6 +108,17 @@ def test_a_rollout_has_the_parts_that_are_read() -> None:
         assert f"self.{member}" in made
 
 
+def test_rewards_are_those_of_all_processes_and_their_mean_is_noted_last() -> None:
+    """So that groups can be compared where they are, and what was noted be replaced."""
+    rewards = inspect.getsource(RLOOTrainer._calculate_rewards)
+    assert rewards.rstrip().endswith("rewards_per_func = gather(rewards_per_func)\n        return rewards_per_func")
+    scored = inspect.getsource(RLOOTrainer._generate_and_score_completions)
+    assert "rewards_per_func = self._calculate_rewards(" in scored
+    assert scored.count('self._metrics[mode]["reward"].append(') == 1
+    assert "rewards.view(-1, num_generations)" in scored
+    assert 'mode = "train" if self.model.training else "eval"' in scored
+
+
 def test_prompts_are_sampled_by_what_is_subclassed() -> None:
     assert "return RepeatSampler(" in inspect.getsource(GRPOTrainer._get_train_sampler)
     assert "generator=self.generator" in inspect.getsource(RepeatSampler.__iter__)
@@ -144,6 +157,16 @@ def test_a_loss_of_ours_finds_the_forward_pass_the_reference_and_the_rewards_whe
     assert '"train",' in inspect.getsource(DPOTrainer.__init__)
     assert "self._signature_columns = [" in inspect.getsource(DPOTrainer._set_signature_columns_if_needed)
     assert "pad_token_id" in dpo_trainer.DataCollatorForPreference.__dataclass_fields__
+
+
+def test_the_rewards_of_a_batch_are_gathered_where_the_accuracy_finds_them() -> None:
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    last = ["reward_accuracies", "margins", "chosen_logps", "rejected_logps"]
+    found = re.findall(r"self\.accelerator\.gather\((\w+)\)", source)
+    assert found[SIDES] == ["chosen_rewards", "rejected_rewards"]
+    assert found[-4:] == last
+    after = source.partition("self.accelerator.gather(chosen_rewards)")[2]
+    assert "gather_for_metrics" not in after  # which gathers too
 
 
 def test_kto_reads_a_rows_neighbour_in_its_batch() -> None:

@@ -5,36 +5,48 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
+import shutil
 from pathlib import Path
 
+import bitsandbytes as bnb
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from rich.console import Console
 from tiny import BAD, GOOD, REPOSITORY, TOPICS
 
 from steps import datasets
+from steps.base import locate
 from steps.config import load
-from steps.errors import DataError
+from steps.errors import DataError, ModelError
 from steps.experiment import Experiment
 from steps.ingest import ingest
+from steps.models import load_policy
 from steps.rankings import groups_of
+from steps.readers import hub_records
 from steps.sources import files_of
 from steps.split import split
 from steps.validate import validate
 
 RECIPES = sorted(path.name for path in (REPOSITORY / "recipes").glob("*.yaml"))
+ROUGE = ("rouge1", "rouge2", "rougeL")
 SHARED = REPOSITORY.parent / "shared/data"
 SHIPPED = yaml.safe_load((REPOSITORY / "data/datasets.yaml").read_text(encoding="utf-8"))["datasets"]
 
-# What makes a shipped recipe small enough for the tiny model; everything else of it stays.
+# What makes a shipped recipe small enough for a tiny model; everything else of it stays.
 SMALL = [
-    "model.base=base", "model.dtype=float32", "model.lora.top_layers=1", "model.lora.r=4",
+    "model.lora.r=4",
     "sft.trainer.max_steps=2",
     "reward.trainer.max_steps=12", "reward.trainer.learning_rate=1e-2",
     "policy.dpo.trainer.max_steps=2", "evaluate.prompts=8", "evaluate.max_new_tokens=8", "evaluate.kl_prompts=4",
     "launch.launcher=here", "launch.min_free_gib=0",
 ]  # fmt: skip
+LOCAL = ["model.base=base", "model.dtype=float32", "model.lora.top_layers=1"]
+# The same of recipes whose base keeps its id and revision, and is found where the hub's client keeps what it fetched.
+FROM_HUB = {"gpt2-hh": ["model.dtype=float32", "model.lora.top_layers=1"], "ultrafeedback-qlora": []}
 
 
 def dialogues(count: int = 90, seed: int = 0) -> list[dict]:
@@ -79,7 +91,85 @@ def lay_qa(source: Path) -> None:
     (source / "dev_feedback.json").write_text(json.dumps(questions()), encoding="utf-8")
 
 
-LAID = {"hh": lay_hh, "qa-ranking": lay_qa}
+def lay_ultrafeedback(source: Path) -> None:
+    """As HuggingFaceH4/ultrafeedback_binarized has it: turns on both sides, scores, and splits named in the card."""
+    draw = random.Random(0)
+    splits: dict[str, list[dict]] = {"train_prefs": [], "test_prefs": []}
+    for number in range(100):
+        asked = f"{draw.choice(TOPICS)} {number}?"
+        good, bad = (" ".join(draw.choices(words, k=4)) for words in (GOOD, BAD))
+        sides = ([{"content": asked, "role": "user"}, {"content": said, "role": "assistant"}] for said in (good, bad))
+        row = dict(zip(("chosen", "rejected"), sides, strict=True))
+        row |= {"prompt": asked, "prompt_id": f"{number:064x}", "messages": row["chosen"]}
+        row |= {"score_chosen": draw.choice([8.0, 9.5]), "score_rejected": draw.choice([2.0, 4.5])}
+        splits["test_prefs" if number % 10 == 9 else "train_prefs"].append(row)
+    files = "".join(f"  - split: {name}\n    path: data/{name}-*\n" for name in splits)
+    lay_on_hub(source / "HuggingFaceH4/ultrafeedback_binarized", splits, files)
+
+
+def lay_tldr(source: Path) -> None:
+    """As trl-lib/tldr-preference has it: a post as text, two summaries that begin with a space."""
+    draw = random.Random(0)
+    splits: dict[str, list[dict]] = {"train": [], "validation": []}
+    for number in range(90):
+        topic = draw.choice(TOPICS)
+        post = f"I like {topic} {number}.\nIt is {draw.choice(GOOD)}."
+        prompt = f"SUBREDDIT: r/{topic}\n\nTITLE: {number}\n\nPOST: {post}\n\nTL;DR:"
+        good, bad = (" " + " ".join(draw.choices(words, k=4)) for words in (GOOD, BAD))
+        splits["validation" if number % 9 == 8 else "train"].append(
+            {"prompt": prompt, "chosen": f"{good} {topic}", "rejected": f"{bad} {topic}"}
+        )
+    lay_on_hub(source / "trl-lib/tldr-preference", splits)
+
+
+def lay_on_hub(folder: Path, splits: dict[str, list[dict]], files: str = "") -> None:
+    """A dataset's folder as the hub has it: one Parquet file a split, and a card that may name them."""
+    (folder / "data").mkdir(parents=True)
+    for name, rows in splits.items():
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"data/{name}-00000-of-00001.parquet")
+    card = f"configs:\n- config_name: default\n  data_files:\n{files}" if files else "tags:\n- trl\n"
+    (folder / "README.md").write_text(f"---\n{card}---\n", encoding="utf-8")
+
+
+LAID = {
+    "hh": lay_hh,
+    "qa-ranking": lay_qa,
+    "gpt2-hh": lay_hh,
+    "ultrafeedback-qlora": lay_ultrafeedback,
+    "tldr": lay_tldr,
+}
+
+
+def make_gpt2(folder: Path, like: Path) -> Path:
+    """A two-layer GPT-2 over bytes that, as the real one, has no padding token."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(like)
+    tokenizer.pad_token = None
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=256, bos_token_id=1, eos_token_id=1
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the hub's clients keep what they fetched, empty, in this process and in those it starts."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    return tmp_path / "hub"
+
+
+def lay_model(name: str, fetched: Path, local: Path) -> None:
+    """A tiny model in the place of a recipe's base on the hub, at the revision the recipe names."""
+    model = load(REPOSITORY / f"recipes/{name}.yaml").model
+    assert model.revision and len(model.revision) == 40
+    folder = fetched / f"models--{model.base.replace('/', '--')}/snapshots/{model.revision}"
+    make_gpt2(folder, local) if name.startswith("gpt2") else shutil.copytree(local, folder)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -88,16 +178,38 @@ def test_a_shipped_recipe_loads_and_its_dataset_is_registered(name: str) -> None
     assert datasets.dataset(recipe.data.name, REPOSITORY)
 
 
+def test_the_docs_name_every_recipe_with_its_dataset() -> None:
+    docs = (REPOSITORY / "docs/recipes.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w-]+)` \|(.*)$", docs, flags=re.MULTILINE))
+    for name in RECIPES:
+        recipe = load(REPOSITORY / "recipes" / name)
+        said = rows.get(recipe.name, "")
+        assert f"recipes/{name}" in said and f"`{recipe.data.name}`" in said, f"{name} has no row"
+
+
 def test_a_dataset_whose_files_are_not_there_says_where_they_go(tmp_path: Path) -> None:
     for name, role in (("hh", "transcripts"), ("finegrained-qa", "feedback")):
         with pytest.raises(DataError) as caught, files_of(datasets.dataset(name, REPOSITORY).source, tmp_path):
             pass
         assert f"'{role}'" in str(caught.value) and str(tmp_path) in str(caught.value)
+    with pytest.raises(DataError, match="needs its revision") as caught:
+        list(hub_records(datasets.dataset("tldr", REPOSITORY).source, tmp_path))
+    assert str(tmp_path / "trl-lib/tldr-preference") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(FROM_HUB))
+def test_a_base_that_cannot_be_fetched_is_named_with_its_revision(name: str, fetched: Path) -> None:
+    model = load(REPOSITORY / f"recipes/{name}.yaml").model
+    with pytest.raises(ModelError) as caught:
+        locate(model.base, model.revision, REPOSITORY)
+    assert f"{model.base} at {model.revision}" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", sorted(LAID))
-def test_a_recipe_runs_to_its_end(name: str, project: Path) -> None:
-    recipe = load(REPOSITORY / f"recipes/{name}.yaml", SMALL)
+def test_a_recipe_runs_to_its_end(name: str, project: Path, fetched: Path) -> None:
+    recipe = load(REPOSITORY / f"recipes/{name}.yaml", [*SMALL, *FROM_HUB.get(name, LOCAL)])
+    if name in FROM_HUB:
+        lay_model(name, fetched, project / "base")
     registry = {"datasets": {recipe.data.name: SHIPPED[recipe.data.name]}}
     (project / "data/datasets.yaml").write_text(yaml.safe_dump(registry), encoding="utf-8")
     LAID[name](project / "data" / recipe.data.name / "source")
@@ -110,6 +222,16 @@ def test_a_recipe_runs_to_its_end(name: str, project: Path) -> None:
     assert reward["accuracy_low"] <= reward["accuracy"] <= reward["accuracy_high"]
     assert reward["accuracy"] > 0.6  # kind words are told from others
     assert facts["evaluate"]["judge"] == "reward" and isinstance(facts["gate"]["promote"], bool)
+    assert facts["evaluate"]["win_rate_low"] <= facts["evaluate"]["win_rate"] <= facts["evaluate"]["win_rate_high"]
+    if name == "tldr":  # summaries are also held against those people preferred
+        overlaps = [facts["evaluate"][f"{who}_{kind}"] for who in ("start", "policy") for kind in ROUGE]
+        assert all(0 <= overlap <= 1 for overlap in overlaps)
+    if recipe.model.dtype == "nf4":
+        model = load_policy(experiment.known["base"].path, "nf4", experiment.known["policy"].path / "adapter")
+        frozen = [one for one in model.modules() if isinstance(one, bnb.nn.Linear4bit)]
+        assert len(frozen) == 14  # seven in each of two layers
+        assert {one.weight.quant_type for one in frozen} == {"nf4"}
+        assert all(one.weight.quant_state.nested for one in frozen)  # the constants are quantised too
 
 
 # -- on the real files -------------------------------------------------------------------------------------------

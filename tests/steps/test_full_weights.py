@@ -20,7 +20,7 @@ from steps.config import load, section
 from steps.dpo import tune_policy as tune_by_dpo
 from steps.errors import RecipeError
 from steps.experiment import Experiment
-from steps.group_policy import tune_by_grpo, tune_by_rloo
+from steps.group_policy import tune_by_grpo, tune_by_rloo, tune_by_spo
 from steps.models import ADAPTER, checkpoint_files, is_whole_model, load_policy, load_reward_model, score_head
 from steps.ppo import tune_policy as tune_by_ppo
 from steps.reward import train_reward
@@ -36,6 +36,7 @@ FUNCTIONS = {
     "ppo": tune_by_ppo,
     "rloo": tune_by_rloo,
     "grpo": tune_by_grpo,
+    "spo": tune_by_spo,
 }
 
 
@@ -155,7 +156,7 @@ def test_at_first_ppos_kl_is_nought(flows: dict[str, Experiment], tmp_path: Path
     assert kl[1] > 1e-3
 
 
-@pytest.mark.parametrize("method", ["rloo", "grpo"])
+@pytest.mark.parametrize("method", ["rloo", "grpo", "spo"])
 def test_groups_of_answers_tune_a_whole_model(flows: dict[str, Experiment], tmp_path: Path, method: str) -> None:
     facts = work(flows["ppo"], method, tmp_path, f"policy.{method}.rollouts=2")
     assert is_whole_model(tmp_path / ADAPTER)

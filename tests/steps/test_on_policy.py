@@ -1,21 +1,26 @@
-"""The policy step by PPO, RLOO and GRPO, on the tiny project's reward model: what it leaves, in which forms it runs."""
+"""The policy step by PPO, RLOO, GRPO and SPO, on the tiny project's reward model: what it leaves, how it may run."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+from trl import RLOOTrainer
 
 from steps import group_policy, ppo
 from steps.backbone import Rows, add_adapter, token_log_probs
@@ -23,14 +28,17 @@ from steps.config import load
 from steps.implicit_rewards import HeldOut
 from steps.lm_head import add_labelled_lm_head
 from steps.models import ADAPTER, load_policy, load_reward_model, load_tokenizer
-from steps.reward_model import reward_scores
+from steps.reward_model import Reading, reward_scores
+from steps.reward_scorers import CarefulScorer
 from steps.rollouts import SAMPLES, prompts_of
+from steps.self_play import preferences, win_rates
 from steps.tracking import Spool, curves
 
 METHODS: dict[str, Callable[..., dict]] = {
     "ppo": ppo.tune_policy,
     "rloo": group_policy.tune_by_rloo,
     "grpo": group_policy.tune_by_grpo,
+    "spo": group_policy.tune_by_spo,
 }
 
 
@@ -58,7 +66,7 @@ def tuned(finished: Path, out: Path, method: str = "ppo", dtype: str = "float32"
 def test_a_method_leaves_an_adapter_facts_and_curves(finished: Path, tmp_path: Path, method: str) -> None:
     facts = tuned(finished, tmp_path, method)
     assert facts["method"] == method
-    assert facts["rollouts"] == {"ppo": 4, "rloo": 3, "grpo": 3}[method]
+    assert facts["rollouts"] == {"ppo": 4, "rloo": 3, "grpo": 3, "spo": 3}[method]
     start = load_file(inputs(finished)["sft"] / ADAPTER / "adapter_model.safetensors")
     now = load_file(tmp_path / ADAPTER / "adapter_model.safetensors")
     assert now.keys() == start.keys()
@@ -94,6 +102,74 @@ def test_the_same_seed_gives_the_same_bytes(finished: Path, tmp_path: Path, meth
     tuned(finished, tmp_path / "b", method)
     files = [(tmp_path / name / ADAPTER / "adapter_model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("method", ["rloo", "spo"])
+def test_groups_go_on_where_they_were_interrupted(finished: Path, tmp_path: Path, method: str) -> None:
+    tuned(finished, tmp_path / "straight", method)
+    shutil.copytree(tmp_path / "straight/checkpoints", tmp_path / "resumed/checkpoints")
+    shutil.rmtree(tmp_path / "resumed/checkpoints/checkpoint-3")
+    assert (tmp_path / "resumed/checkpoints/checkpoint-2").is_dir()
+    tuned(finished, tmp_path / "resumed", method)
+    folders = ("straight", "resumed")
+    files = [(tmp_path / name / ADAPTER / "adapter_model.safetensors").read_bytes() for name in folders]
+    assert files[0] == files[1]
+    told = [dict(curves(tmp_path / name)["reward"]) for name in folders]
+    assert told[1] == {3: told[0][3]}
+
+
+def test_spo_tells_the_reward_models_scores_and_learns_from_win_rates(finished: Path, tmp_path: Path) -> None:
+    facts = tuned(finished, tmp_path, "spo", "float32", "policy.spo.samples_every=1")
+    table = json.loads((tmp_path / f"{SAMPLES}.json").read_text())
+    rows = pd.DataFrame(table["data"], columns=table["columns"])
+    found = {name: [value for _, value in points] for name, points in curves(tmp_path).items()}
+    assert list(rows["step"].unique()) == [0, 1, 2] and len(rows) == 3 * 8
+    for number, (_, answers) in enumerate(rows.groupby("step")):
+        assert answers["reward"].mean() == pytest.approx(found["reward"][number], abs=1e-5)
+        rewards = answers["reward"].to_numpy().reshape(2, 4)
+        assert answers["prompt"].nunique() == 2
+        expected = win_rates(preferences(rewards))
+        assert answers["win_rate"].to_numpy() == pytest.approx(expected.ravel(), abs=1e-5)
+        assert found["win_rate_deviation"][number] == pytest.approx(expected.std(), abs=1e-5)
+        assert found["win_rate_best"][number] == pytest.approx(expected.max(1).mean(), abs=1e-5)
+    assert facts["win_rate_deviation"] == pytest.approx(found["win_rate_deviation"][-1])
+    assert found["kl_per_token"][0] == pytest.approx(0, abs=1e-5)
+
+
+def self_play(members: Tensor, elsewhere: Tensor | None = None) -> tuple[Tensor, np.ndarray]:
+    """(B,) rewards and (P, 4) win rates of groups of four, of (N, B) scores here and those of a second process."""
+    made = object.__new__(group_policy.SelfPlayTrainer)
+    everywhere = members if elsewhere is None else torch.cat([members, elsewhere], 1)
+    made.accelerator = SimpleNamespace(gather=lambda here: everywhere.T)
+    made.reward_funcs, made.num_generations = [SimpleNamespace(members=members)], 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RLOOTrainer, "_calculate_rewards", lambda self, *inputs: everywhere.mean(0)[:, None])
+        return made._calculate_rewards([], [], [], [])[:, 0], made.win_rates
+
+
+def test_a_group_that_is_spread_over_two_processes_is_compared_as_one() -> None:
+    members = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
+    whole = self_play(members)
+    rewards, rates = whole
+    spread = self_play(members[:, :6], members[:, 6:])
+    assert torch.equal(spread[0], rewards) and np.array_equal(spread[1], rates)
+    assert rates == pytest.approx(win_rates(preferences(members.view(3, 3, 4).numpy()).mean(0)))
+    assert rewards.numpy() == pytest.approx(0.75 * rates.ravel(), abs=1e-7)
+
+
+def test_self_play_reads_log_odds_whatever_scale_the_reward_has(finished: Path) -> None:
+    """Normalised, the differences of an ensemble's scores say no longer how likely an answer is preferred."""
+    given = inputs(finished)
+    model = load_policy(given["base"], "float32", given["sft"] / ADAPTER, trainable=True)
+    tokenizer = load_tokenizer(given["base"])
+    scorer = group_policy.reward_scorer(model, given["base"], "float32", given["reward"] / ADAPTER)
+    twice = CarefulScorer([scorer, scorer], Reading(mean=0.5, deviation=0.25, answers=8, members=2, penalty=1.0))
+    asked = (["rain 1: ", "bread 2: "], None, [tokenizer(words)["input_ids"] for words in ("good warm", "bad")])
+    alone, normalised = (group_policy.ComparedReward(of, tokenizer, 1) for of in (scorer, twice))
+    assert alone(*asked) == pytest.approx(group_policy.AnswerReward(scorer, tokenizer, 1)(*asked), abs=1e-6)
+    assert normalised(*asked) == pytest.approx([(score - 0.5) / 0.25 for score in alone.latest.tolist()], abs=1e-5)
+    torch.testing.assert_close(alone.members[0], alone.latest)
+    torch.testing.assert_close(normalised.members, alone.members.expand(2, 2))
 
 
 def test_one_backbone_and_models_apart_are_one_thing(finished: Path, tmp_path: Path) -> None:

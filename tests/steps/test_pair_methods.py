@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from steps import training
 from steps.config import load
@@ -22,7 +23,9 @@ from steps.pair_methods import LOSSES, Likelihoods
 from steps.pairs import training_and_held_out
 from steps.pipeline import POLICIES
 from steps.policy_config import RELATIVES
-from steps.slic import CANDIDATES, best_against_others, with_targets
+from steps.reward_model import MEMBER, Reading, RewardModel
+from steps.rollouts import AnswerReward
+from steps.slic import CANDIDATES, best_against_others, draw_candidates, ranker, with_targets
 from steps.tracking import NullTracker, Spool, curves
 from steps.trainer_fields import REFERENCE_FREE
 
@@ -222,6 +225,40 @@ def test_ranked_samples_are_kept_and_learnt_from(ran: Callable[[str], tuple[dict
     assert len(table) == facts["candidates"] == 3 * facts["ranked_prompts"]
     assert table.groupby("prompt")["answer"].nunique().max() == 3  # each candidate has random numbers of its own
     assert facts["pairs"] == len(best_against_others(table))
+
+
+def ensemble(reward: Path, out: Path, penalty: float = 1.0) -> Path:
+    """The tiny reward model and two further members of other minds, less so many standard deviations, on a scale."""
+    shutil.copytree(reward / ADAPTER, out / ADAPTER)
+    for number, factor in enumerate((-1.5, 0.25), start=1):
+        folder = out / ADAPTER / MEMBER.format(number)
+        shutil.copytree(reward / ADAPTER, folder)
+        weights = load_file(folder / "adapter_model.safetensors")
+        weights = {name: factor * value if "lora_B" not in name else value for name, value in weights.items()}
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    Reading(mean=0.5, deviation=2.0, answers=8, members=3, penalty=penalty).write(out / ADAPTER)
+    return out
+
+
+def test_candidates_are_ranked_by_what_an_ensemble_is_sure_of(given: dict[str, Path], tmp_path: Path) -> None:
+    reward, tokenizer = ensemble(given["reward"], tmp_path / "careful"), load_tokenizer(given["base"])
+    pairs = pd.read_parquet(given["data/preferences"]).head(12)
+    prompts, answers = list(pairs["prompt"]), list(pairs["chosen"])
+    score = AnswerReward(ranker(given["base"], "float32", reward / ADAPTER), tokenizer, 5)
+    model = RewardModel(given["base"], "float32", reward / ADAPTER)
+    careful = model.careful_scores(prompts, answers)
+    assert score(prompts, None, tokenizer(answers)["input_ids"]) == pytest.approx(careful, abs=1e-5)
+    assert (model.scores(prompts, answers) - careful).min() > 1e-3  # else nobody would see the penalty
+
+    relative = load(given["recipe"], ["policy.method=slic_sample_rank", *CHEAP, "policy.dpo.pairs=12"]).policy.relative
+    inputs = {"base": given["base"], "sft": given["sft"], "preferences": given["data/preferences"]}
+    careless = ensemble(given["reward"], tmp_path / "careless", penalty=0.0)
+    tables = [
+        draw_candidates(relative, "float32", **inputs, reward=reward, seed=3, tracker=NullTracker())
+        for reward in (reward, careless)
+    ]
+    assert tables[0]["answer"].equals(tables[1]["answer"])
+    assert (tables[1]["reward"] - tables[0]["reward"]).min() > 1e-3
 
 
 def test_each_pair_gets_a_demonstration_of_like_length(given: dict[str, Path], tmp_path: Path) -> None:

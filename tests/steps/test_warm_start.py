@@ -68,7 +68,7 @@ def test_dpo_begins_at_the_champions_implicit_rewards(project: Path, champion: d
     assert abs(first["values"]["rewards/margins"]) > 1e-3  # before the first update, where DPO from SFT has 0
 
 
-@pytest.mark.parametrize("method", ["ppo", "rloo", "grpo"])
+@pytest.mark.parametrize("method", ["ppo", "rloo", "grpo", "spo"])
 def test_the_reference_of_other_methods_stays_too(project: Path, champion: dict[str, Any], method: str) -> None:
     """β log(π/ρ) of the same held-out pairs is DPO's times the ratio of the two β: 0.05, and TRL's 0.1 for DPO."""
     changes = {f"policy__{method}__rollouts": 1, f"policy__{method}__trainer__learning_rate": STILL}

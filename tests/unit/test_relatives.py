@@ -95,8 +95,9 @@ def test_a_setting_that_would_do_nothing_or_something_else_is_refused(
 
 def test_every_method_has_a_step_a_section_and_a_strength() -> None:
     methods = set(get_args(Policy.model_fields["method"].annotation))
-    assert methods == set(pipeline.POLICIES) == set(STRENGTH)
-    assert set(RELATIVES) <= methods <= set(Policy.model_fields)
+    tuned = methods - {"sft"}  # which has nothing to set, and a win rate against the base, so no place in a comparison
+    assert methods == set(pipeline.POLICIES) and tuned == set(STRENGTH)
+    assert set(RELATIVES) <= tuned <= set(Policy.model_fields)
 
 
 @pytest.mark.parametrize("method", RELATIVES)
