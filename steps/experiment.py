@@ -247,10 +247,10 @@ class Experiment:
             tracking.append(
                 partial, "start", name=spec.name, experiment=self.recipe.name, parent=str(self.folder), tags=tags
             )
-            if not resumed:
+            if not tracking.has(partial, "params"):
                 tracking.append(partial, "params", values=flat({"seed": spec.seed, **spec.config}))
-                if tables:
-                    tracking.append(partial, "inputs", datasets=self._datasets(tables))
+            if tables and not tracking.has(partial, "inputs"):
+                tracking.append(partial, "inputs", datasets=self._datasets(tables))
 
         def work(partial: Path) -> None:
             with watch(name, partial, self.console, each=lambda: self._forward(partial)):
@@ -480,7 +480,8 @@ class Experiment:
         tracking.append(self.folder, "tags", values={"model": model, **said})
         lineage_page.leave(self.folder, self.root, self.forwarder, model)
         tracking.append(self.folder, "end", status="FINISHED")
-        sent = self._forward(self.folder)
+        waiting = filter(self.forwarder.waiting, (self.folder, *folders.values()))
+        sent = all(self.forwarder.forward(folder, now=True) for folder in waiting)
         hints = [
             ("report", f"{_short(self.folder / 'report.md')} and report.png"),
             ("open the UIs", "prefloop ui"),

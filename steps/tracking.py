@@ -97,6 +97,11 @@ def entries(folder: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]
                 continue
 
 
+def has(folder: Path, op: str) -> bool:
+    """Whether the journal in `folder` has such a line."""
+    return any(entry["op"] == op for _, entry in entries(folder))
+
+
 class Spool:
     """The tracker of a working step: its journal and a small file that says how far it is.
 
@@ -286,7 +291,7 @@ class Forwarder:
             self.problem = f"{type(error).__name__}: {error}"
             self._not_before = time.monotonic() + self.pause
             return False
-        self.problem = ""
+        self.problem, self._not_before = "", 0.0
         return True
 
     def _forward(self, folder: Path) -> None:
@@ -312,7 +317,8 @@ class Forwarder:
                 self.client.update_run(run_id, status="RUNNING")
                 self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
         elif run_id is None:
-            raise EnvironmentProblem("a journal does not begin with its start", where=str(folder))
+            if entry["op"] != "end":  # of an attempt that could not even write its start, on a full disk
+                raise EnvironmentProblem("a journal does not begin with its start", where=str(folder))
         elif entry["op"] == "metrics":
             points = [
                 Metric(name, value, one["time"], one["step"]) for one in batch for name, value in one["values"].items()

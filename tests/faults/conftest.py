@@ -13,6 +13,8 @@ from servers import PrefectServer
 
 from steps.tracking import quiet_environment
 
+pytest.register_assert_rewrite("states")  # so that a failure there says what differs
+
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:

@@ -288,6 +288,17 @@ def test_a_start_after_an_interruption_goes_on_with_the_same_run(forwarder: Forw
     assert [point.step for point in forwarder.client.get_metric_history(run_id, "loss")] == [1, 2]
 
 
+def test_the_end_of_an_attempt_whose_start_was_lost_holds_up_nothing(forwarder: Forwarder, tmp_path: Path) -> None:
+    folder = tmp_path / "step"
+    folder.mkdir()
+    (folder / "journal.jsonl").write_text('{"op": "sta\n')  # the disk was full
+    append(folder, "end", status="FAILED")
+    start(folder)
+    append(folder, "metrics", step=1, values={"loss": 2.0})
+    assert forwarder.forward(folder), forwarder.problem
+    assert forwarder.client.get_run(forwarder.run_id(folder)).data.metrics == {"loss": 2.0}
+
+
 def test_a_journal_without_its_start_is_not_sent_and_says_so(forwarder: Forwarder, tmp_path: Path) -> None:
     append(tmp_path, "metrics", step=1, values={"loss": 1.0})
     assert forwarder.forward(tmp_path) is False
