@@ -11,10 +11,10 @@ import io
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 
@@ -26,6 +26,7 @@ from steps.judges import Comparison, Verdict
 from steps.statistics import won
 from steps.verdicts import VerdictStore
 
+Key = TypeVar("Key")
 COLUMNS = ("id", "prompt", "answer_a", "answer_b", "better", "comment")
 _NEEDED = ("id", "better")
 JUDGE = "human"
@@ -206,7 +207,8 @@ def export(
     kept.write_text(json.dumps(key, indent=1, ensure_ascii=False), encoding="utf-8")
     out.parent.mkdir(parents=True, exist_ok=True)
     is_csv = out.suffix.lower() != ".jsonl"
-    out.write_bytes(_as_csv(rows) if is_csv else _as_json_lines(rows))
+    sheet = as_csv(COLUMNS, [(row.id, row.prompt, row.a, row.b) for row in rows]) if is_csv else _as_json_lines(rows)
+    out.write_bytes(sheet)
     too_long = sum(len(text) > LONGEST_CELL for row in rows for text in (row.prompt, row.a, row.b)) if is_csv else 0
     return Exported(out, kept, len(picked), len(rows) - len(picked), too_long)
 
@@ -243,15 +245,16 @@ def _shuffled(picked: Sequence[tuple[str, str, str]], repeat: float, export_id: 
     return rows
 
 
-def _as_csv(rows: Iterable[_Row]) -> bytes:
+def as_csv(columns: Sequence[str], rows: Iterable[tuple[str, ...]]) -> bytes:
+    """A sheet of rows, each an id and texts to read; the last two columns are left for people to fill in."""
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
-    writer.writerow(COLUMNS)
-    writer.writerows([row.id, *(harmless(text) for text in (row.prompt, row.a, row.b)), "", ""] for row in rows)
+    writer.writerow(columns)
+    writer.writerows([name, *map(_harmless, texts), "", ""] for name, *texts in rows)
     return stream.getvalue().encode("utf-8-sig", "replace")  # the mark tells a spreadsheet that it is UTF-8
 
 
-def harmless(text: str) -> str:
+def _harmless(text: str) -> str:
     """A cell that no spreadsheet takes for a formula, and no reader for the end of the file."""
     text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n").replace("\r", "\n"))
     return f"'{text}" if _FORMULA.match(text) else text
@@ -282,7 +285,7 @@ def read_back(
         DataError: a file cannot be read, no key fits, or no row counts.
     """
     found = {name: list(rater_rows(path, _NEEDED)) for name, path in named_files(files).items()}
-    rival, rows = _key(found, keys)
+    rival, rows = key_of(found, keys, _of_export, "an export", "import where the pairs were exported")
     problems: list[Problem] = []
     said = {name: _said(name, cells, rows, problems) for name, cells in found.items()}
     if store is not None:
@@ -399,8 +402,24 @@ def _check_columns(names: Sequence[str], path: Path, needed: Sequence[str]) -> N
         )
 
 
-def _key(found: dict[str, list[tuple[int, dict[str, str]]]], keys: Path) -> tuple[str, dict[str, _Row]]:
-    """(rival, rows by id) of the export most of the ids belong to."""
+def key_of(
+    found: Mapping[str, Sequence[tuple[int, dict[str, str]]]],
+    keys: Path,
+    read: Callable[[Any], Key | None],
+    what: str,
+    then: str,
+) -> Key:
+    """The key that most of the ids in raters' files belong to.
+
+    Args:
+        found: each rater's rows, as `rater_rows` gives them.
+        read: makes a key of what its file holds; None of a key of another kind.
+        what: the key is of, with its article.
+        then: what to do where there is none.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
     named = pd.Series(
         [cells["id"].strip().rpartition("-")[0] for rows in found.values() for _, cells in rows], dtype=str
     )
@@ -408,16 +427,21 @@ def _key(found: dict[str, list[tuple[int, dict[str, str]]]], keys: Path) -> tupl
         path = keys / f"{export_id}.json"
         if re.fullmatch(r"[0-9a-f]{8}", export_id) and path.is_file():
             try:
-                key = json.loads(path.read_text(encoding="utf-8"))
-                return key["rival"], {row["id"]: _Row(**row) for row in key["rows"]}
+                if (key := read(json.loads(path.read_text(encoding="utf-8")))) is not None:
+                    return key
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError("the key of an export is damaged", where=str(path), have=str(error)) from error
+                raise DataError(f"the key of {what} is damaged", where=str(path), have=str(error)) from error
     raise DataError(
         "no key fits these files",
         where=str(keys),
-        have=f"{len(named):,} rows" + (f", the first of export '{named[0]}'" if len(named) else ""),
-        then="import where the pairs were exported, and leave the column `id` as it was",
+        have=f"{len(named):,} rows" + (f", the first of {what.split()[-1]} '{named[0]}'" if len(named) else ""),
+        then=f"{then}, and leave the column `id` as it was",
     )
+
+
+def _of_export(key: Any) -> tuple[str, dict[str, _Row]]:
+    """(rival, rows by id) of an export's key."""
+    return key["rival"], {row["id"]: _Row(**row) for row in key["rows"]}
 
 
 def _said(

@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer import grpo_trainer, rloo_trainer
 
 from steps.artifact import Facts
-from steps.backbone import REFERENCE, REWARD, Rows, Scorer, active, add_adapter, linear_head, token_log_probs
+from steps.backbone import REFERENCE, Rows, Scorer, active, add_adapter, token_log_probs
 from steps.implicit_rewards import HeldOut
 from steps.lm_head import labelled_lm_head
-from steps.models import ADAPTER, is_whole_model, load_policy, load_reward_model, load_tokenizer, score_head
+from steps.models import ADAPTER, load_policy, load_tokenizer
 from steps.pairs import held_out_pairs
 from steps.policy_config import GRPO, RLOO, SPO, Groups
 from steps.reward_model import Reading
-from steps.reward_scorers import CarefulScorer, careful_scorer, members_of
+from steps.reward_scorers import CarefulScorer, members_of, reward_scorer
 from steps.rollouts import (
     AnswerReward,
     OnPolicyTrainer,
@@ -189,16 +189,3 @@ def tune_policy(
     begin_at(model, start, base, dtype)
     facts = learn(method, trainer, config, held_out, args.beta or 1.0, base, out, tracker)
     return {**facts, "start": "champion" if start else "sft"}
-
-
-def reward_scorer(policy: PreTrainedModel, base: Path, dtype: str, weights: Path) -> Scorer:
-    """The reward model: adapters over the policy's base, or models of their own where every weight was trained."""
-
-    def member(name: str, folder: Path) -> Scorer:
-        head = linear_head(score_head(folder))
-        if is_whole_model(folder):
-            return Scorer(load_reward_model(base, dtype, folder), None, head)
-        add_adapter(policy, name, folder)
-        return Scorer(policy, name, head)
-
-    return careful_scorer(member(REWARD, weights), weights, member, scaled=True)

@@ -7,8 +7,6 @@ file of its own under `var/blind`.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import random
 import re
@@ -21,7 +19,7 @@ import pandas as pd
 
 from steps import palms
 from steps.artifact import COMPLETIONS, digest_json
-from steps.blind import Problem, harmless, named_files, rater_rows
+from steps.blind import Problem, as_csv, key_of, named_files, rater_rows
 from steps.errors import DataError
 from steps.palms import AFTER, BEFORE, Topic, TopicScore
 
@@ -89,18 +87,12 @@ def export(evaluation: Path, out: Path, keys: Path, *, seed: int = 0) -> Sheet:
     kept = keys / f"{export_id}.json"
     kept.write_text(json.dumps({**key, "rows": rows}, indent=1, ensure_ascii=False), encoding="utf-8")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(_as_csv(rows, {topic.name: " ".join(topic.position.split()) for topic in topics}))
+    positions = {topic.name: " ".join(topic.position.split()) for topic in topics}
+    shown = [
+        (row["id"], row["topic"], positions[row["topic"]], palms.question(row["prompt"]), row["answer"]) for row in rows
+    ]
+    out.write_bytes(as_csv(COLUMNS, shown))
     return Sheet(out, kept, len(rows))
-
-
-def _as_csv(rows: Sequence[dict[str, Any]], positions: dict[str, str]) -> bytes:
-    stream = io.StringIO(newline="")
-    writer = csv.writer(stream)
-    writer.writerow(COLUMNS)
-    for row in rows:
-        texts = (row["topic"], positions[row["topic"]], palms.question(row["prompt"]), row["answer"])
-        writer.writerow([row["id"], *map(harmless, texts), "", ""])
-    return stream.getvalue().encode("utf-8-sig", "replace")  # the mark tells a spreadsheet that it is UTF-8
 
 
 def read_back(files: Sequence[Path], keys: Path, confidence: float = 0.95) -> Ratings:
@@ -114,7 +106,7 @@ def read_back(files: Sequence[Path], keys: Path, confidence: float = 0.95) -> Ra
         DataError: a file cannot be read, no key fits, no rating counts, or a topic has none before and after.
     """
     found = {name: list(rater_rows(path, NEEDED)) for name, path in named_files(files).items()}
-    key = _key([row["id"] for rows in found.values() for _, row in rows], keys)
+    key = key_of(found, keys, _of_sheet, "a sheet", "count where the sheet was written")
     known = {row["id"]: row for row in key["rows"]}
     problems: list[Problem] = []
     said = {name: _ratings(name, rows, known, problems) for name, rows in found.items()}
@@ -156,21 +148,5 @@ def _ratings(
     return {answer: score for answer, score in scores.items() if answer not in twice}
 
 
-def _key(ids: Sequence[str], keys: Path) -> dict[str, Any]:
-    """The key of the sheet most of the ids belong to."""
-    named = pd.Series([one.strip().rpartition("-")[0] for one in ids], dtype=str)
-    for export_id in named.value_counts().index:
-        path = keys / f"{export_id}.json"
-        if re.fullmatch(r"[0-9a-f]{8}", export_id) and path.is_file():
-            try:
-                key = json.loads(path.read_text(encoding="utf-8"))
-                if key["kind"] == KIND and key["rows"]:
-                    return key
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError("the key of a sheet is damaged", where=str(path), have=str(error)) from error
-    raise DataError(
-        "no key fits these files",
-        where=str(keys),
-        have=f"{len(named):,} rows" + (f", the first of sheet '{named[0]}'" if len(named) else ""),
-        then="count where the sheet was written, and leave the column `id` as it was",
-    )
+def _of_sheet(key: Any) -> dict[str, Any] | None:
+    return key if key["kind"] == KIND and key["rows"] else None

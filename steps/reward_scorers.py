@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from steps.backbone import REWARD, Rows, Scorer
+from steps.backbone import REWARD, Rows, Scorer, add_adapter, linear_head
+from steps.models import is_whole_model, load_reward_model, score_head
 from steps.reward_model import Reading, member_folders
 
 
@@ -55,6 +57,19 @@ def careful_scorer(first: Scorer, weights: Path, member: Callable[[str, Path], S
     if not scaled:
         reading = Reading(members=reading.members, penalty=reading.penalty)
     return CarefulScorer([first, *others], reading)
+
+
+def reward_scorer(policy: PreTrainedModel, base: Path, dtype: str, weights: Path) -> Scorer:
+    """The reward model: adapters over the policy's base, or models of their own where every weight was trained."""
+
+    def member(name: str, folder: Path) -> Scorer:
+        head = linear_head(score_head(folder))
+        if is_whole_model(folder):
+            return Scorer(load_reward_model(base, dtype, folder), None, head)
+        add_adapter(policy, name, folder)
+        return Scorer(policy, name, head)
+
+    return careful_scorer(member(REWARD, weights), weights, member, scaled=True)
 
 
 def members_of(scorer: Scorer) -> list[Scorer]:

@@ -14,18 +14,16 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from peft import PeftModel
-from transformers import PreTrainedModel
 
 from steps.artifact import Facts
-from steps.backbone import Scorer, answer_tokens, linear_head
+from steps.backbone import answer_tokens
 from steps.config import Sampling
 from steps.errors import DataError
-from steps.models import ADAPTER, load_policy, load_reward_model, load_tokenizer, score_head
+from steps.models import ADAPTER, load_policy, load_tokenizer
 from steps.pair_methods import TARGET, learn
 from steps.pairs import COLUMNS, training_and_held_out
 from steps.policy_config import Relative
-from steps.reward_scorers import careful_scorer
+from steps.reward_scorers import members_of, reward_scorer
 from steps.rollouts import AnswerReward, prompts_of
 from steps.sampling import sample
 from steps.tracking import Tracker
@@ -103,7 +101,7 @@ def draw_candidates(
     """The SFT model's answers to as many training prompts as give the recipe's number of pairs: prompt, answer, reward.
 
     Candidates of one prompt stand together. The reward model reads an answer that was cut off as if it ended there; of
-    an ensemble the reward is less its uncertainty (`ranker`).
+    an ensemble the reward is less its uncertainty.
     """
     own, tokenizer = relative.loss, load_tokenizer(base)
     prompts = prompts_of(preferences, at_least=1)
@@ -114,41 +112,18 @@ def draw_candidates(
     sampling = Sampling(prompts=max(len(asked), 2), **drawing)
     model = load_policy(base, dtype, sft / ADAPTER)
     said = sample(model, tokenizer, asked, sampling, seed, tracker, "candidates", sampling.temperature)
-    del model
+    ranker = reward_scorer(model, base, dtype, reward / ADAPTER)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for one in members_of(ranker):
+        one.model.eval().to(device)
+        one.head.to(device)
     scores: list[float] = []
-    score = AnswerReward(ranker(base, dtype, reward / ADAPTER), tokenizer, 32)
+    score = AnswerReward(ranker, tokenizer, 32)
     for first in range(0, len(asked), 256):
         rows = slice(first, first + 256)
         scores += score(asked[rows], None, said.tokens[rows])
         tracker.progress("ranking", min(first + 256, len(asked)), len(asked))
     return pd.DataFrame({"prompt": asked, "answer": said.texts, "reward": scores})
-
-
-def ranker(base: Path, dtype: str, weights: Path) -> Scorer:
-    """The reward model as policies are given it: an ensemble less its uncertainty, on the reward's own scale.
-
-    Args:
-        weights: the reward step's folder `adapter`.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def loaded(folder: Path) -> PreTrainedModel:
-        return load_reward_model(base, dtype, folder).eval().to(device)
-
-    def scorer(model: PreTrainedModel, adapter: str | None, folder: Path) -> Scorer:
-        return Scorer(model, adapter, linear_head(score_head(folder)).to(device))
-
-    model: Any = loaded(weights)
-    adapted = isinstance(model, PeftModel)
-
-    def member(name: str, folder: Path) -> Scorer:
-        if not adapted:
-            return scorer(loaded(folder), None, folder)
-        model.load_adapter(str(folder), adapter_name=name)  # over the one base
-        return scorer(model, name, folder)
-
-    first = scorer(model, "default" if adapted else None, weights)
-    return careful_scorer(first, weights, member, scaled=True)
 
 
 def best_against_others(candidates: pd.DataFrame) -> pd.DataFrame:

@@ -316,9 +316,10 @@ class Forwarder:
             else:  # the step was interrupted: its run goes on, under the flow run that resumed it
                 self.client.update_run(run_id, status="RUNNING")
                 self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+        elif run_id is None and entry["op"] == "end":
+            pass  # of an attempt that could not even write its start, on a full disk
         elif run_id is None:
-            if entry["op"] != "end":  # of an attempt that could not even write its start, on a full disk
-                raise EnvironmentProblem("a journal does not begin with its start", where=str(folder))
+            raise EnvironmentProblem("a journal does not begin with its start", where=str(folder))
         elif entry["op"] == "metrics":
             points = [
                 Metric(name, value, one["time"], one["step"]) for one in batch for name, value in one["values"].items()

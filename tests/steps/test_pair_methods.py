@@ -24,8 +24,9 @@ from steps.pairs import training_and_held_out
 from steps.pipeline import POLICIES
 from steps.policy_config import RELATIVES
 from steps.reward_model import MEMBER, Reading, RewardModel
+from steps.reward_scorers import reward_scorer
 from steps.rollouts import AnswerReward
-from steps.slic import CANDIDATES, best_against_others, draw_candidates, ranker, with_targets
+from steps.slic import CANDIDATES, best_against_others, draw_candidates, with_targets
 from steps.tracking import NullTracker, Spool, curves
 from steps.trainer_fields import REFERENCE_FREE
 
@@ -244,7 +245,8 @@ def test_candidates_are_ranked_by_what_an_ensemble_is_sure_of(given: dict[str, P
     reward, tokenizer = ensemble(given["reward"], tmp_path / "careful"), load_tokenizer(given["base"])
     pairs = pd.read_parquet(given["data/preferences"]).head(12)
     prompts, answers = list(pairs["prompt"]), list(pairs["chosen"])
-    score = AnswerReward(ranker(given["base"], "float32", reward / ADAPTER), tokenizer, 5)
+    policy = load_policy(given["base"], "float32", given["sft"] / ADAPTER)
+    score = AnswerReward(reward_scorer(policy, given["base"], "float32", reward / ADAPTER), tokenizer, 5)
     model = RewardModel(given["base"], "float32", reward / ADAPTER)
     careful = model.careful_scores(prompts, answers)
     assert score(prompts, None, tokenizer(answers)["input_ids"]) == pytest.approx(careful, abs=1e-5)
