@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from steps.errors import PrefloopError
+from steps.usage import USAGE, Usage
 
 MANIFEST = "manifest.json"
 CHART = "chart.png"
@@ -20,7 +21,6 @@ RECORDS = frozenset(
     {
         MANIFEST,
         CHART,
-        "cpu_seconds.json",
         "error.json",
         "facts.json",
         "journal.jsonl",
@@ -30,6 +30,7 @@ RECORDS = frozenset(
         "spec.json",
         "tracking.json",
         "tracking.json.lock",
+        USAGE,
     }
 )
 
@@ -73,6 +74,7 @@ class Artifact:
         files: sha256 of every file, by relative name.
         seconds: wall-clock time the step took, resumed parts included.
         cpu_seconds: processor time of the step's processes, resumed parts included; None where nobody measured it.
+        peak_mib: most resident memory one of them had, libraries included; None likewise.
     """
 
     path: Path
@@ -84,6 +86,7 @@ class Artifact:
     files: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     cpu_seconds: float | None = None
+    peak_mib: float | None = None
 
 
 def seal(
@@ -93,13 +96,13 @@ def seal(
     inputs: Mapping[str, str],
     facts: Facts,
     seconds: float,
-    cpu_seconds: float | None = None,
+    used: Usage | None = None,
 ) -> Artifact:
     """Write the manifest, last of all: a directory with a manifest is whole."""
     files = {name: digest_file(path) for name, path in payload(folder).items()}
     digest = digest_json(files)
-    cpu = None if cpu_seconds is None else round(cpu_seconds, 2)
-    artifact = Artifact(folder, kind, key, digest, dict(inputs), facts, files, round(seconds, 2), cpu)
+    cost = {} if used is None else {name: round(value, 2) for name, value in asdict(used).items()}
+    artifact = Artifact(folder, kind, key, digest, dict(inputs), facts, files, round(seconds, 2), **cost)
     record = {name: value for name, value in asdict(artifact).items() if name != "path"}
     temporary = folder / f"{MANIFEST}.tmp"
     temporary.write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")

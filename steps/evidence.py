@@ -18,7 +18,7 @@ from steps.tracking import Forwarder, Record
 
 VERSION = re.compile(r"^(?:models:/)?(?P<name>[^/@]+)[/@](?P<which>[^/@]+)$")
 _RUN_ID = re.compile(r"^[0-9a-f]{32}$")
-_TIMES = ("seconds", "cpu_seconds")  # of a manifest: a step that is run again makes the same in another time
+_COSTS = ("seconds", "cpu_seconds", "peak_mib")  # of a manifest: a step that is run again makes the same at another
 
 
 class Evidence:
@@ -153,4 +153,4 @@ def _quoted(text: str) -> str:
 
 
 def _result(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in manifest.items() if name not in _TIMES}
+    return {name: value for name, value in manifest.items() if name not in _COSTS}

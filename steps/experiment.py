@@ -326,7 +326,7 @@ class Experiment:
         if not outcome.reused:
             drawn = tracking.curves(artifact.path)
             numbers = {name: value for name, value in artifact.facts.items() if is_number(value) and name not in drawn}
-            spent = {"seconds": artifact.seconds, "cpu_seconds": artifact.cpu_seconds}
+            spent = {cost: getattr(artifact, cost) for cost in ("seconds", "cpu_seconds", "peak_mib")}
             numbers |= {what: value for what, value in spent.items() if value is not None}
             tracking.append(artifact.path, "metrics", step=0, values=numbers)
             for file in (MANIFEST, CHART):

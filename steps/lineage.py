@@ -279,6 +279,7 @@ def _step_node(step: _Step) -> Node:
         "seed": _seed(step),
         "seconds": manifest.get("seconds"),
         "cpu_seconds": manifest.get("cpu_seconds"),
+        "peak_mib": manifest.get("peak_mib"),
         "manifest_from": step.where or None,
         "facts": numbers,
     }

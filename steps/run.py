@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -20,12 +19,12 @@ from typing import Any
 
 from filelock import FileLock
 
-from steps import code, config
+from steps import code, config, usage
 from steps.artifact import MANIFEST, Artifact, Facts, digest_json, open_artifact, seal, verify
 from steps.errors import PrefloopError, StepFailed
+from steps.usage import Usage
 
 PARTIAL = ".partial"
-CPU = "cpu_seconds.json"
 ALARMS = "alarms.json"
 KEY_LENGTH = 16
 
@@ -138,27 +137,14 @@ def execute(partial: Path) -> None:
     """Do a step's work, here, in this process.
 
     Args:
-        partial: holds `spec.json`; the function's output goes beside it, its facts into `facts.json`, and the
-            processor time it took into `cpu_seconds.json`.
+        partial: holds `spec.json`; the function's output goes beside it, its facts into `facts.json`, and what it
+            used into `usage.json`.
     """
-    started = _cpu_seconds()
+    before = Usage.so_far()
     try:
         _execute(partial)
     finally:
-        add_cpu_seconds(partial, _cpu_seconds() - started)
-
-
-def add_cpu_seconds(partial: Path, seconds: float) -> None:
-    """Count processor time of an attempt at a step, beside that of earlier ones."""
-    if partial.is_dir():
-        spent = _read_seconds(partial / CPU) or 0.0
-        (partial / CPU).write_text(json.dumps(spent + seconds), encoding="utf-8")
-
-
-def _cpu_seconds() -> float:
-    """Processor time so far of this process and of its children that have ended."""
-    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(one.ru_utime + one.ru_stime for one in used)
+        usage.add(partial, Usage.so_far().since(before))
 
 
 def _execute(partial: Path) -> None:
@@ -219,11 +205,11 @@ def run_step(
                 (partial / "seconds.json").write_text(json.dumps(spent + seconds), encoding="utf-8")
         facts = _take(partial / "facts.json", spec)
         (partial / "seconds.json").unlink()
-        cpu_seconds = _read_seconds(partial / CPU)
-        (partial / CPU).unlink(missing_ok=True)
+        used = usage.read(partial)
+        (partial / usage.USAGE).unlink(missing_ok=True)
         shutil.rmtree(partial / "checkpoints", ignore_errors=True)
         inputs = {name: given.digest for name, given in spec.inputs.items()}
-        artifact = seal(partial, spec.step, spec.key, inputs, facts, spent + seconds, cpu_seconds)
+        artifact = seal(partial, spec.step, spec.key, inputs, facts, spent + seconds, used)
         final = store.path / spec.name
         partial.rename(final)
         whole = open_artifact(final)

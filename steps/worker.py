@@ -15,9 +15,11 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from steps import usage
 from steps.errors import write_error
 from steps.launch import obey_parent
-from steps.run import add_cpu_seconds, execute
+from steps.run import execute
+from steps.usage import Usage
 
 
 def serve() -> None:
@@ -77,7 +79,7 @@ def wait_for(child: int, partial: Path, period: float = 0.05) -> int:
             nobody = True
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
-        add_cpu_seconds(partial, used.ru_utime + used.ru_stime)
+        usage.add(partial, Usage.of(used))
     if nobody:
         sys.exit(1)
     return code

@@ -22,6 +22,7 @@ from steps.datasets import write_metrics, write_table
 from steps.pipeline import TABLES
 from steps.rows import row_id
 from steps.tracking import Forwarder, append
+from steps.usage import Usage
 from steps.versions import digest_of
 
 REPOSITORY = Path(__file__).parents[1]
@@ -252,7 +253,8 @@ def run(
             tables = [given for given in READS[step].values() if given in TABLES]
             if tables:
                 append(place, "inputs", datasets=[_dataset(project, table, head) for table in tables])
-            seal(place, step, keys[step], inputs, of_step, WALL, cpu_seconds)
+            used = None if cpu_seconds is None else Usage(cpu_seconds, 512.0)
+            seal(place, step, keys[step], inputs, of_step, WALL, used)
             append(place, "artifact", path="manifest.json")
             append(place, "end", status="FINISHED")
         made[step] = json.loads((place / "manifest.json").read_text())["digest"]

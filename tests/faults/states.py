@@ -12,7 +12,7 @@ from pathlib import Path
 RECIPE = "recipes/tiny.yaml"
 PROCESS = ("--set", "launch.launcher=process")
 RUN = ("run", RECIPE, *PROCESS)
-MEASURED = ("seconds", "cpu_seconds", "wall_seconds", "energy")  # no two runs have these alike
+MEASURED = ("seconds", "cpu_seconds", "peak_mib", "wall_seconds", "energy")  # no two runs have these alike
 
 
 def copy_without(finished: Path, to: Path, *steps: str) -> Path:

@@ -147,7 +147,7 @@ def test_a_killed_step_says_so_with_the_end_of_its_log(partial: Path, failure: F
 def test_what_killed_attempts_used_is_counted(partial: Path, failure: Failure) -> None:
     for attempt in (1, 2):
         failure("busy_and_killed")
-        assert json.loads((partial / "cpu_seconds.json").read_text()) >= attempt * BUSY
+        assert json.loads((partial / "usage.json").read_text())["cpu_seconds"] >= attempt * BUSY
 
 
 def test_what_a_step_raises_is_raised_here(partial: Path, failure: Failure) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from steps import provenance, run
+from steps import provenance, run, usage
 from steps.artifact import Artifact, open_artifact, seal
 from steps.provenance import CLEAN, code_state, gpus, hardware, packages
+from steps.usage import Usage
 
 GIT = ("git", "-c", "user.name=test", "-c", "user.email=test@example.org")
 
@@ -72,11 +73,12 @@ def test_gpus_are_read_from_their_driver(tmp_path: Path) -> None:
     assert gpus(tmp_path) == ["NVIDIA H100", "NVIDIA H100"]
 
 
-def test_a_manifest_without_processor_time_opens(tmp_path: Path) -> None:
-    seal(tmp_path, "sft", "k", {}, {}, 1.0, 2.345)
+def test_a_manifest_without_usage_opens(tmp_path: Path) -> None:
+    seal(tmp_path, "sft", "k", {}, {}, 1.0, Usage(2.345, 512.0))
     assert open_artifact(tmp_path).cpu_seconds == 2.35  # type: ignore[union-attr]
+    assert open_artifact(tmp_path).peak_mib == 512.0  # type: ignore[union-attr]
     record = json.loads((tmp_path / "manifest.json").read_text())
-    del record["cpu_seconds"]
+    del record["cpu_seconds"], record["peak_mib"]
     (tmp_path / "manifest.json").write_text(json.dumps(record))
     assert open_artifact(tmp_path).cpu_seconds is None  # type: ignore[union-attr]
 
@@ -98,17 +100,19 @@ def test_processor_time_is_carried_over_a_resume(tmp_path: Path, monkeypatch: py
     spec, store = run.StepSpec("sft", "steps.sft:train_sft", {}, {}, 0), run.Store(tmp_path / "store")
     with pytest.raises(RuntimeError):
         run.run_step(spec, store)
-    spent = json.loads((store.partial(spec) / run.CPU).read_text())
-    assert spent >= 0.05
+    spent = usage.read(store.partial(spec))
+    assert spent is not None and spent.cpu_seconds >= 0.05
     made: Artifact = run.run_step(spec, store).artifact
     assert made.cpu_seconds is not None and made.cpu_seconds >= 0.1
-    assert not (made.path / run.CPU).exists()
+    assert made.peak_mib is not None and made.peak_mib > 10
+    assert not (made.path / usage.USAGE).exists()
 
 
 def test_a_step_that_sleeps_costs_no_processor_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_execute", lambda partial: None)
     run.execute(tmp_path)
-    assert 0 <= json.loads((tmp_path / run.CPU).read_text()) < 0.05
+    spent = usage.read(tmp_path)
+    assert spent is not None and 0 <= spent.cpu_seconds < 0.05
 
 
 def test_the_code_of_this_package_stands_on_a_commit() -> None:
