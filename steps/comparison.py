@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from steps.artifact import Artifact
 from steps.config import Recipe, assigned
 from steps.errors import RecipeError, did_you_mean
 from steps.statistics import holm, pooled, sign_test
@@ -30,6 +31,8 @@ STRENGTH: dict[str, str | None] = {
 }
 # Methods without a reference: their strength is on a scale of its own, so the numbers all others share pass them by.
 OWN_SCALE = REFERENCE_FREE
+WATCHED = ("reward", "policy", "evaluate")  # steps that may sound alarms
+TRL_BETA = 0.1  # where a recipe says none
 SYMBOLS = {"slic": "λ", "slic_sample_rank": "λ"}  # of a strength; β unless said
 
 
@@ -124,14 +127,32 @@ def strengths(text: str, usual: Sequence[float] = ()) -> list[float]:
         ) from error
 
 
-def rows_of(variant: Variant, facts: Mapping[str, Any], seconds: Mapping[str, float]) -> list[dict[str, Any]]:
+def unit(variant: Variant) -> float | None:
+    """What log π/ρ is multiplied by in a run's implicit rewards; None where that is 0."""
+    policy = variant.recipe.policy
+    if variant.method == "chain_of_hindsight":
+        return policy.chain_of_hindsight.beta
+    if variant.method in OWN_SCALE:
+        return float(policy.dpo.trainer.get("beta", TRL_BETA))
+    return variant.beta or None
+
+
+def rows_of(variant: Variant, made: Mapping[str, Artifact]) -> list[dict[str, Any]]:
     """A finished run as rows of the table: one, or for best of n one for each n.
 
     Args:
-        facts: the evaluation's.
-        seconds: what each step took.
+        made: the artifacts of its steps, by the step's name.
     """
-    shared = {"method": variant.method, "seed": variant.seed, "seconds": sum(seconds.values()), "error": None}
+    facts, policy, scale = made["evaluate"].facts, made["policy"], unit(variant)
+    chosen = policy.facts.get("eval_rewards/chosen")
+    shared = {
+        "method": variant.method,
+        "seed": variant.seed,
+        "seconds": sum(artifact.seconds for artifact in made.values()),
+        "tuning": policy.cpu_seconds,
+        "peak_mib": policy.peak_mib,
+        "error": None,
+    }
     if points := facts.get("best_of"):
         return [
             {**shared, "setting": f"n={point['n']}", **{name: point[name] for name in point if name != "n"}}
@@ -148,7 +169,9 @@ def rows_of(variant: Variant, facts: Mapping[str, Any], seconds: Mapping[str, fl
             "win_rate_low": facts["win_rate_low"],
             "win_rate_high": facts["win_rate_high"],
             "length_ratio": facts["length_ratio"],
-            "alarms": ", ".join(alarm["name"] for alarm in facts.get("alarms", ())),
+            "accuracy": policy.facts.get("eval_rewards/accuracies"),
+            "chosen": None if chosen is None or scale is None else chosen / scale,
+            "alarms": ", ".join(alarm["name"] for name in WATCHED for alarm in made[name].facts.get("alarms", ())),
         }
     ]
 
@@ -156,6 +179,12 @@ def rows_of(variant: Variant, facts: Mapping[str, Any], seconds: Mapping[str, fl
 def failed(variant: Variant, error: str) -> dict[str, Any]:
     """A run that ended without a result, as a row."""
     return {"method": variant.method, "seed": variant.seed, "setting": variant.setting, "error": error}
+
+
+# What is averaged over seeds.
+MEANS = (
+    "kl", "gold", "reward", "win_rate", "length_ratio", "accuracy", "chosen", "tuning", "peak_mib",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,7 +197,10 @@ class Group:
         win_rate_low, win_rate_high: interval of the pooled verdicts, clustered by prompt; None without verdicts.
         p_value: of the pooled wins against losses, corrected for the number of groups (Holm); None without verdicts.
         dominates, dominated: how many groups have more KL and no more gold, and the other way round.
-        seconds: a run took.
+        accuracy: share of held-out pairs the policy's implicit reward orders as people do; NaN where it has none.
+        chosen: log π/ρ of held-out chosen answers, in nats; below 0 they became less likely than at the start.
+        tuning: processor seconds of the policy step.
+        peak_mib: most memory of the policy step, libraries included, in MiB.
     """
 
     method: str
@@ -186,7 +218,10 @@ class Group:
     length_ratio: float
     dominates: int
     dominated: int
-    seconds: float
+    accuracy: float
+    chosen: float
+    tuning: float
+    peak_mib: float
 
 
 def groups(rows: Iterable[Mapping[str, Any]], verdicts: Mapping[tuple[str, str, int], pd.DataFrame]) -> list[Group]:
@@ -197,23 +232,21 @@ def groups(rows: Iterable[Mapping[str, Any]], verdicts: Mapping[tuple[str, str, 
         verdicts: by (method, setting, seed): prompt and `over_start`.
     """
     table = pd.DataFrame(list(rows))
-    for name in ("kl", "gold", "reward", "win_rate", "length_ratio", "seconds"):
+    for name in MEANS:
         table[name] = pd.to_numeric(table[name], errors="coerce") if name in table else np.nan
     found: list[dict[str, Any]] = []
     for (method, setting), some in table.groupby(["method", "setting"], sort=False):
         ended = some[some["error"].isna()]
         keys = {int(seed): (str(method), str(setting), int(seed)) for seed in ended["seed"]}
         said = {seed: verdicts[key] for seed, key in keys.items() if key in verdicts}
-        means = {name: float(ended[name].mean()) for name in ("kl", "gold", "reward", "length_ratio", "seconds")}
         found.append(
             {
                 "method": method,
                 "setting": setting,
                 "seeds": len(some),
                 "failures": len(some) - len(ended),
-                **means,
+                **{name: float(ended[name].mean()) for name in MEANS},
                 "gold_spread": float(ended["gold"].std()) if len(ended) > 1 else 0.0,
-                "win_rate": float(ended["win_rate"].mean()),
                 **_pooled(said),
             }
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,23 +38,29 @@ td, th { border-bottom: 1px solid #e3e5e8; white-space: nowrap } .name { text-al
 <table>
 <tr><th class="name">method</th><th class="name">setting</th><th>seeds</th><th>failed</th><th>KL, nats</th>
 <th>gold</th><th>reward</th><th>win rate</th><th>95 % interval</th><th>p (Holm)</th><th>length ×</th>
-<th>dominates</th><th>dominated by</th><th>seconds</th></tr>
+<th>dominates</th><th>dominated by</th>
+<th>pairs</th><th>chosen, nats</th><th>CPU s</th><th>MiB</th></tr>
 {% for group in groups %}
 <tr class="{{ 'frontier' if not group.dominated }}">
 <td class="name">{{ group.method }}</td><td class="name">{{ group.setting }}</td>
 <td>{{ group.seeds }}</td><td>{{ group.failures or "" }}</td>
-<td>{{ number(group.kl, 1) }}</td>
-<td>{{ number(group.gold, 2) }} <small>± {{ number(group.gold_spread, 2) }}</small></td>
-<td>{{ number(group.reward, 2) }}</td><td>{{ number(group.win_rate, 3) }}</td>
-<td>{% if group.win_rate_low is not none %}[{{ number(group.win_rate_low, 3) }}, {{ number(group.win_rate_high, 3) }}]
+<td>{{ number(group.kl, ".1f") }}</td>
+<td>{{ number(group.gold, ".2f") }} <small>± {{ number(group.gold_spread, ".2f") }}</small></td>
+<td>{{ number(group.reward, ".2f") }}</td><td>{{ number(group.win_rate, ".3f") }}</td>
+<td>{% if group.win_rate_low is not none %}[{{ number(group.win_rate_low, ".3f") }},
+{{ number(group.win_rate_high, ".3f") }}]
 {% endif %}</td><td>{{ "" if group.p_value is none else "%.2g" | format(group.p_value) }}</td>
-<td>{{ number(group.length_ratio, 2) }}</td><td>{{ group.dominates }}</td><td>{{ group.dominated }}</td>
-<td>{{ number(group.seconds, 0) }}</td></tr>
+<td>{{ number(group.length_ratio, ".2f") }}</td><td>{{ group.dominates }}</td><td>{{ group.dominated }}</td>
+<td>{{ number(group.accuracy, ".2f") }}</td><td>{{ number(group.chosen, "+.1f") }}</td>
+<td>{{ number(group.tuning, ".0f") }}</td><td>{{ number(group.peak_mib, ".0f") }}</td></tr>
 {% endfor %}
 </table>
 <p class="fine">Bold: nothing else has more gold for less KL. Gold: mean rating of a judge fitted on people's ratings no
 training step saw; ± is the deviation over seeds. Intervals and p-values are of all seeds' verdicts together, clustered
-by prompt. KL of best of n is the bound ln n − (n − 1)/n; of the others it is estimated on their own answers.</p>
+by prompt. KL of best of n is the bound ln n − (n − 1)/n; of the others it is estimated on their own answers. Pairs:
+share of held-out pairs the policy orders as people do. Chosen: how much likelier, in nats, held-out chosen answers
+became; DPO may push them below 0 while its margin grows. CPU seconds and memory (libraries included) are those of the
+policy step.</p>
 {% if errors %}<h2>Runs without a result</h2>
 <ul>{% for name, error in errors %}<li>{{ name }}: {{ error }}</li>{% endfor %}</ul>{% endif %}
 </body>
@@ -60,10 +68,16 @@ by prompt. KL of best of n is the bound ln n − (n − 1)/n; of the others it i
 """
 
 
+def number(value: float, spelled: str) -> str:
+    """A number as a cell; an empty one for what a method does not have."""
+    return "" if math.isnan(value) else format(value, spelled)
+
+
 def draw_frontier(groups: Sequence[Group], path: Path) -> Path:
     """Gold against KL, proxy against gold, and win rate against KL (Gao et al. 2022, arXiv:2210.10760, fig. 1)."""
     figure, axes = new_figure(1, 3, (15, 4.4))
-    for method, colour, marker in zip(dict.fromkeys(group.method for group in groups), COLOURS, MARKERS, strict=False):
+    looks = itertools.product(MARKERS, COLOURS)  # 36 methods before two look alike
+    for method, (marker, colour) in zip(dict.fromkeys(group.method for group in groups), looks, strict=False):
         mine = sorted((group for group in groups if group.method == method), key=lambda group: group.kl)
         style = {"color": colour, "marker": marker, "label": method.replace("_", " "), "linewidth": 1.4}
         kl, gold = [group.kl for group in mine], [group.gold for group in mine]
@@ -88,7 +102,7 @@ def draw_frontier(groups: Sequence[Group], path: Path) -> Path:
         ax.set_title(title, fontsize=9, loc="left")
         ax.set_xlabel(x)
         ax.set_ylabel(y)
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[2].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return save_figure(figure, path)
 
 
@@ -105,6 +119,6 @@ def comparison_page(
             said=said,
             errors=errors,
             picture=base64.b64encode(picture.read_bytes()).decode("ascii"),
-            number=lambda value, digits: "" if value != value else f"{value:.{digits}f}",
+            number=number,
         )
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.table import Table
 from steps import comparison, tracking
 from steps.artifact import COMPLETIONS
 from steps.comparison import Group, Variant
-from steps.comparison_page import comparison_page, draw_frontier
+from steps.comparison_page import comparison_page, draw_frontier, number
 from steps.config import Recipe
 from steps.errors import Interrupted, PrefloopError
 from steps.experiment import Experiment, flat, new_folder
@@ -23,6 +24,7 @@ from steps.paths import Var
 from steps.versions import DataVersion
 
 STEPS = Recipe.STEPS[: Recipe.STEPS.index("gate")]
+RECORDED = ("kl", "gold", "win_rate", "accuracy", "chosen")  # of a group, as metrics
 
 
 SPELLED = {"β=": "beta ", "λ=": "lambda ", "n=": "n ", ":": " ", "+": " and "}  # what MLflow allows no name to hold
@@ -89,10 +91,7 @@ class ComparisonRun:
             self.errors.append((variant.name, error.what))
             self.console.print(f"[red]failed[/] {escape(str(error))}")
             return
-        facts = [experiment.outcomes[step].artifact.facts for step in ("reward", "policy", "evaluate")]
-        alarms = [alarm for found in facts for alarm in found.get("alarms", ())]
-        seconds = {step: outcome.artifact.seconds for step, outcome in experiment.outcomes.items()}
-        rows = comparison.rows_of(variant, {**facts[-1], "alarms": alarms}, seconds)
+        rows = comparison.rows_of(variant, {step: made.artifact for step, made in experiment.outcomes.items()})
         self.rows += rows
         if len(rows) == 1:
             completions = experiment.outcomes["evaluate"].artifact.path / COMPLETIONS
@@ -112,8 +111,9 @@ class ComparisonRun:
             tracking.append(self.folder, "artifact", path=file)
         for group in groups:
             name = metric_name(group)
-            values = {f"{name}/{number}": getattr(group, number) for number in ("kl", "gold", "win_rate")}
-            tracking.append(self.folder, "metrics", step=0, values=values)
+            values = {f"{name}/{number}": getattr(group, number) for number in RECORDED}
+            known = {number: value for number, value in values.items() if math.isfinite(value)}
+            tracking.append(self.folder, "metrics", step=0, values=known)
         self._close("FINISHED")
         self._print(groups)
         return page
@@ -127,16 +127,18 @@ class ComparisonRun:
         self.forwarder.forward(self.folder)
 
     def _print(self, groups: Sequence[Group]) -> None:
-        table = Table(box=None, pad_edge=False, header_style="dim")
+        table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
         for title in ("method", "setting"):
             table.add_column(title)
-        for title in ("seeds", "KL", "gold", "reward", "win rate", "95 % interval", "dominated by"):
+        for title in ("seeds", "KL", "gold", "win rate", "95 % interval", "pairs", "chosen", "CPU s", "MiB"):
             table.add_column(title, justify="right")
         for group in sorted(groups, key=lambda group: (group.method, group.kl)):
-            interval = "" if group.win_rate_low is None else f"{group.win_rate_low:.3f} to {group.win_rate_high:.3f}"
-            cells = (f"{group.kl:.1f}", f"{group.gold:+.2f}", f"{group.reward:+.2f}", f"{group.win_rate:.3f}", interval)
+            interval = "" if group.win_rate_low is None else f"{group.win_rate_low:.2f} to {group.win_rate_high:.2f}"
+            measured = (f"{group.kl:.1f}", f"{group.gold:+.2f}", f"{group.win_rate:.3f}", interval)
+            learnt = (number(group.accuracy, ".2f"), number(group.chosen, "+.1f"))
+            spent = (number(group.tuning, ".0f"), number(group.peak_mib, ".0f"))
             lost = f" ({group.failures} failed)" if group.failures else ""
-            table.add_row(group.method, group.setting, f"{group.seeds}{lost}", *cells, str(group.dominated or ""))
+            table.add_row(group.method, group.setting, f"{group.seeds}{lost}", *measured, *learnt, *spent)
         self.console.print()
         self.console.print(table)
         for sentence in self.said:

@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 import tiny
 
-from steps.comparison import Group, failed, groups, in_words, rows_of, variants
+from steps.artifact import Artifact
+from steps.comparison import Group, failed, groups, in_words, rows_of, unit, variants
 from steps.comparison_page import comparison_page, draw_frontier
-from steps.config import Recipe, parse, read_yaml
+from steps.config import Recipe, assigned, parse, read_yaml
 from steps.errors import RecipeError
 
 
@@ -23,6 +24,10 @@ def recipe() -> Recipe:
 def row(method: str, setting: str, seed: int, kl: float, gold: float, **more: Any) -> dict[str, Any]:
     shared = {"reward": gold, "win_rate": 0.6, "length_ratio": 1.0, "seconds": 10.0, "error": None}
     return {"method": method, "setting": setting, "seed": seed, "kl": kl, "gold": gold, **shared, **more}
+
+
+def artifact(facts: dict[str, Any], seconds: float = 1.0) -> Artifact:
+    return Artifact(Path(), "policy", "k", "d", facts=facts, seconds=seconds, cpu_seconds=2 * seconds, peak_mib=512.0)
 
 
 def verdicts(*preferences: float) -> pd.DataFrame:
@@ -63,8 +68,29 @@ def test_an_unknown_method_and_a_strength_that_is_refused_are_named_at_once(reci
 def test_best_of_n_is_a_row_for_each_n(recipe: Recipe) -> None:
     (variant,) = variants(recipe, ["best_of_n"], [0.1], 1)
     points = [{"n": 1, "kl": 0.0, "gold": 0.1, "win_rate": 0.5}, {"n": 2, "kl": 0.19, "gold": 0.4, "win_rate": 0.6}]
-    rows = rows_of(variant, {"best_of": points}, {"evaluate": 3.0})
+    made = {"policy": artifact({}, 1.0), "evaluate": artifact({"best_of": points}, 2.0)}
+    rows = rows_of(variant, made)
     assert [(one["setting"], one["kl"], one["seconds"]) for one in rows] == [("n=1", 0.0, 3.0), ("n=2", 0.19, 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("method", "chosen"),
+    # −0.4 on the scale of β 0.2, of TRL's 0.1 where the method has a scale of its own, of Chain of Hindsight's 0.1
+    [("dpo@0.2", -2.0), ("ppo@0.2", -2.0), ("rloo@0.2", -2.0), ("simpo@0.2", -4.0), ("chain_of_hindsight", -4.0)],
+)
+def test_displacement_is_in_nats_whatever_the_scale(recipe: Recipe, method: str, chosen: float) -> None:
+    plain = assigned(recipe, {"policy.dpo.trainer": {}})
+    (variant,) = variants(plain, [method], [0.1], 1)
+    tuned = artifact({"eval_rewards/chosen": -0.4, "eval_rewards/accuracies": 0.7})
+    judged = artifact({"win_rate": 0.6, "win_rate_low": 0.5, "win_rate_high": 0.7, "length_ratio": 1.0})
+    (row,) = rows_of(variant, {"reward": artifact({}), "policy": tuned, "evaluate": judged})
+    assert row["chosen"] == pytest.approx(chosen)
+    assert (row["accuracy"], row["tuning"], row["peak_mib"], row["seconds"]) == (0.7, 2.0, 512.0, 3.0)
+
+
+def test_without_a_penalty_there_is_no_scale(recipe: Recipe) -> None:
+    (variant,) = variants(recipe, ["ppo@0"], [0.1], 1)
+    assert unit(variant) is None
 
 
 def test_seeds_are_put_together_and_failures_counted() -> None:
