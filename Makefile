@@ -20,9 +20,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m steps.ui # creates the databases of MLflow and Prefect
 	@touch $(READY)
 
-# Two at a time: most of a test is one thread, or waiting. A file stays together, and what it sets up.
+# Two at a time: most of a test is one thread, or waiting. A file stays together, and what it sets up. In their order,
+# which has the quick ones last, both end about together.
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 faults: setup
 	$(BIN)/python -m pytest tests/faults --every-fault
