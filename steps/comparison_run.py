@@ -127,18 +127,25 @@ class ComparisonRun:
         self.forwarder.forward(self.folder)
 
     def _print(self, groups: Sequence[Group]) -> None:
-        table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
-        for title in ("method", "setting"):
-            table.add_column(title)
-        for title in ("seeds", "KL", "gold", "win rate", "95 % interval", "pairs", "chosen", "CPU s", "MiB"):
-            table.add_column(title, justify="right")
+        table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="dim")
+        table.add_column("method", min_width=18)
+        for title in ("seeds", "KL", "gold", "win rate [95 %]", "pairs", "chosen", "CPU s", "MiB"):
+            table.add_column(title, justify="right", no_wrap=True)
         for group in sorted(groups, key=lambda group: (group.method, group.kl)):
-            interval = "" if group.win_rate_low is None else f"{group.win_rate_low:.2f} to {group.win_rate_high:.2f}"
-            measured = (f"{group.kl:.1f}", f"{group.gold:+.2f}", f"{group.win_rate:.3f}", interval)
-            learnt = (number(group.accuracy, ".2f"), number(group.chosen, "+.1f"))
-            spent = (number(group.tuning, ".0f"), number(group.peak_mib, ".0f"))
-            lost = f" ({group.failures} failed)" if group.failures else ""
-            table.add_row(group.method, group.setting, f"{group.seeds}{lost}", *measured, *learnt, *spent)
+            rate = number(group.win_rate, ".3f")
+            if group.win_rate_low is not None:
+                rate += f" [{group.win_rate_low:.2f}, {group.win_rate_high:.2f}]"
+            table.add_row(
+                f"{group.method} {group.setting}",
+                f"{group.seeds - group.failures} of {group.seeds}" if group.failures else f"{group.seeds}",
+                number(group.kl, ".1f"),
+                number(group.gold, "+.2f"),
+                escape(rate),
+                number(group.accuracy, ".2f"),
+                number(group.chosen, "+.1f"),
+                number(group.tuning, ".0f"),
+                number(group.peak_mib, ".0f"),
+            )
         self.console.print()
         self.console.print(table)
         for sentence in self.said:

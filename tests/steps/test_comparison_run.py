@@ -52,6 +52,11 @@ def test_an_interrupted_comparison_goes_on_where_it_was(root: Path, monkeypatch:
     page = again.finish().read_text()
     assert [row["setting"] for row in again.rows] == ["β=0.5", "n=1", "n=2"]
     assert all(sentence.split(",")[0] in page for sentence in again.said)
+    tuned, *of_n = again.rows
+    assert tuned["peak_mib"] > 100 and tuned["tuning"] > 0 and 0 <= tuned["accuracy"] <= 1
+    assert tuned["chosen"] is not None and "chosen" not in of_n[0]
+    table = told.getvalue().partition("\nmethod ")[2].splitlines()
+    assert table[1].startswith(f"best_of_n n=1{'':>10}") and max(map(len, table)) <= 100
 
 
 def test_data_is_prepared_and_the_start_asked_once_for_all(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
