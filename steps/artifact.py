@@ -15,6 +15,7 @@ from steps.usage import USAGE, Usage
 MANIFEST = "manifest.json"
 CHART = "chart.png"
 COMPLETIONS = "completions.parquet"  # what the models of an evaluation said
+COSTS = ("seconds", "cpu_seconds", "peak_mib")  # of a manifest: making the same again takes others
 NEXT_ROUND = "next_round.yaml"  # what an evaluation by topics wants to be written next
 # What a step leaves beside its result: records of how it went, with times in them.
 RECORDS = frozenset(

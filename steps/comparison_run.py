@@ -111,8 +111,8 @@ class ComparisonRun:
             tracking.append(self.folder, "artifact", path=file)
         for group in groups:
             name = metric_name(group)
-            values = {f"{name}/{number}": getattr(group, number) for number in RECORDED}
-            known = {number: value for number, value in values.items() if math.isfinite(value)}
+            values = {f"{name}/{what}": getattr(group, what) for what in RECORDED}
+            known = {what: value for what, value in values.items() if math.isfinite(value)}
             tracking.append(self.folder, "metrics", step=0, values=known)
         self._close("FINISHED")
         self._print(groups)

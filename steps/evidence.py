@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from steps import registry, tracking
-from steps.artifact import MANIFEST, digest_json
+from steps.artifact import COSTS, MANIFEST, digest_json
 from steps.errors import EnvironmentProblem, PrefloopError, did_you_mean
 from steps.paths import Var
 from steps.registry import Version
@@ -18,7 +18,6 @@ from steps.tracking import Forwarder, Record
 
 VERSION = re.compile(r"^(?:models:/)?(?P<name>[^/@]+)[/@](?P<which>[^/@]+)$")
 _RUN_ID = re.compile(r"^[0-9a-f]{32}$")
-_COSTS = ("seconds", "cpu_seconds", "peak_mib")  # of a manifest: a step that is run again makes the same at another
 
 
 class Evidence:
@@ -153,4 +152,4 @@ def _quoted(text: str) -> str:
 
 
 def _result(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in manifest.items() if name not in _COSTS}
+    return {name: value for name, value in manifest.items() if name not in COSTS}

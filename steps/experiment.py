@@ -37,7 +37,7 @@ from steps import (
     tracking,
     versions,
 )
-from steps.artifact import CHART, COMPLETIONS, MANIFEST, NEXT_ROUND
+from steps.artifact import CHART, COMPLETIONS, COSTS, MANIFEST, NEXT_ROUND
 from steps.base import locate
 from steps.config import Recipe
 from steps.errors import EnvironmentProblem, Interrupted, PrefloopError, RecipeError
@@ -326,7 +326,7 @@ class Experiment:
         if not outcome.reused:
             drawn = tracking.curves(artifact.path)
             numbers = {name: value for name, value in artifact.facts.items() if is_number(value) and name not in drawn}
-            spent = {cost: getattr(artifact, cost) for cost in ("seconds", "cpu_seconds", "peak_mib")}
+            spent = {cost: getattr(artifact, cost) for cost in COSTS}
             numbers |= {what: value for what, value in spent.items() if value is not None}
             tracking.append(artifact.path, "metrics", step=0, values=numbers)
             for file in (MANIFEST, CHART):
