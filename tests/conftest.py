@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFLOOP_ROOT"):
     os.environ.pop(name, None)
 
 import tiny  # noqa: E402
+from forks import Forks  # noqa: E402
+from servers import PrefectServer  # noqa: E402
 
 # Where tests run in the background the signal is ignored, and what they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -59,6 +62,25 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         experiment.run(name)
     experiment.finish(experiment.register().uri)
     return root
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    server = PrefectServer(tmp_path_factory.mktemp("prefect"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def prefloop(tmp_path_factory: pytest.TempPathFactory, prefect_server: PrefectServer) -> Iterator[Forks]:
+    """Starts `prefloop` commands without waiting for their imports; flows need `prefect_server.start()` first."""
+    from steps.tracking import quiet_environment
+
+    quiet_environment()
+    paths = {"PYTHONPATH": str(tiny.REPOSITORY), "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    forks = Forks(tmp_path_factory.mktemp("commands"), {**prefect_server.environment, **paths})
+    yield forks
+    forks.close()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,11 +6,8 @@ import csv
 import io
 import itertools
 import json
-import os
 import shutil
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +16,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import tiny
+from forks import Forks
 from rich.console import Console
+from servers import PrefectServer
 
 from steps import lineage, row_lineage, versions
 from steps.collection import Collecting
@@ -78,21 +77,15 @@ class Collected:
         return pd.read_parquet(self.root / f"data/tiny/{name}.parquet")
 
 
-def prefloop(root: Path, *arguments: str) -> str:
-    place: dict[str, Any] = {"cwd": root, "env": {**os.environ, "PYTHONPATH": str(tiny.REPOSITORY), "COLUMNS": "100"}}
-    command = [sys.executable, "-m", "flows.cli", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=900, **place)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
-def collected(tmp_path_factory: pytest.TempPathFactory) -> Collected:
+def collected(prefloop: Forks, prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Collected:
     root = tiny.make_project(tmp_path_factory.mktemp("collect") / "project")
     speak_in_words(root / "base")
     versions.prepare("tiny", root)
     before = pd.read_parquet(root / "data/tiny/preferences.parquet")
-    return Collected(root, prefloop(root, *COMMAND), prefloop(root, *COMMAND), before)
+    prefect_server.start()
+    said, again = (prefloop(root, *COMMAND).ended_well() for _ in range(2))
+    return Collected(root, said, again, before)
 
 
 def test_versions_grow_by_exactly_the_pairs_that_were_made(collected: Collected) -> None:

@@ -1,4 +1,4 @@
-"""`prefloop run` as a person runs it: the embedded Prefect server, every step in a process of its own."""
+"""`prefloop run` as a person runs it, and what the commands after it reuse; every step in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,19 +12,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+from forks import Forks
+from servers import PrefectServer
 
-PREFLOOP = [sys.executable, "-m", "flows.cli"]
-
-
-def prefloop(root: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PREFLOOP, *arguments],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(tiny.REPOSITORY), "COLUMNS": "100", **environment},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+RUN = ("run", "recipes/tiny.yaml", "--set", "launch.launcher=process")
 
 
 def digests(root: Path) -> dict[str, str]:
@@ -40,9 +31,11 @@ def steps_in(output: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A project after its first run, and what the run printed."""
+    """A project after its first run, with the Prefect server a command takes along, and what the run printed."""
     root = tiny.make_project(tmp_path_factory.mktemp("flow") / "project")
-    result = prefloop(root, "run", "recipes/tiny.yaml", "--set", "launch.launcher=process")
+    command = [sys.executable, "-m", "flows.cli", *RUN]
+    environment = {**os.environ, "PYTHONPATH": str(tiny.REPOSITORY), "COLUMNS": "100"}
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
     return root, result.stdout
 
@@ -124,13 +117,16 @@ def test_charts_and_report_lie_in_the_runs_folder(first: tuple[Path, str]) -> No
     assert "Promoted: models:/tiny/1" in (run / "report.md").read_text()
 
 
-def test_nothing_changed_then_one_parameter_then_one_byte(first: tuple[Path, str]) -> None:
+def test_nothing_changed_then_one_parameter_then_one_byte(
+    first: tuple[Path, str], prefloop: Forks, prefect_server: PrefectServer
+) -> None:
     root, _ = first
-    again = ("run", "recipes/tiny.yaml", "--set", "launch.launcher=process")
-    same = prefloop(root, *again)
-    assert set(steps_in(same.stdout).values()) == {"checked", "reused"}, same.stdout + same.stderr
+    prefect_server.start()
+    same = prefloop(root, *RUN).ended_well()
+    assert set(steps_in(same).values()) == {"checked", "reused"}, same
 
-    planned = prefloop(root, "run", "recipes/tiny.yaml", "--set", "policy.dpo.trainer.beta=0.3", "--dry-run").stdout
+    changed = ("run", "recipes/tiny.yaml", "--set", "policy.dpo.trainer.beta=0.3")
+    planned = prefloop(root, *changed, "--dry-run").ended_well()
     verdicts = dict(re.findall(r"^(\w+)\s+(reuse|run|wait)\b", planned, flags=re.MULTILINE))
     assert verdicts == {
         **dict.fromkeys(("base", "sft", "baseline", "reward"), "reuse"),
@@ -140,25 +136,26 @@ def test_nothing_changed_then_one_parameter_then_one_byte(first: tuple[Path, str
 
     source = root / "data/tiny/source/pairs.jsonl"
     source.write_bytes(source.read_bytes().replace(b"grim", b"grum"))
-    here = prefloop(root, "run", "recipes/tiny.yaml", "--set", "policy.dpo.trainer.beta=0.3")
-    told = steps_in(here.stdout)
-    assert told["base"] == "reused", here.stdout + here.stderr
+    here = prefloop(root, *changed).ended_well()
+    told = steps_in(here)
+    assert told["base"] == "reused", here
     assert {told[name] for name in ("sft", "baseline", "reward", "policy", "evaluate", "gate")} == {"done"}
-    assert "win rate against the champion" in here.stdout
+    assert "win rate against the champion" in here
 
 
-def test_methods_side_by_side_share_their_steps_and_a_failure_does_not_end_the_others(first: tuple[Path, str]) -> None:
+def test_methods_side_by_side_share_their_steps_and_a_failure_does_not_end_the_others(
+    first: tuple[Path, str], prefloop: Forks, prefect_server: PrefectServer
+) -> None:
     root, _ = first
+    prefect_server.start()
     asked = ["compare", "recipes/tiny.yaml", "--methods", "dpo,ppo,best-of-n", "--betas", "0.5", "--seeds", "1"]
     asked += ["--set", "launch.launcher=process"]
     broken = ["--set", "policy.ppo.trainer.steps_per_generation=3", "--set", "policy.best_of_n.n=2"]
-    result = prefloop(root, *asked, *broken, "--set", "policy.ppo.trainer.gradient_accumulation_steps=4")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("a rollout must end with an optimizer step") == 1
-    assert len(re.findall(r"^sft +done", result.stdout, flags=re.MULTILINE)) <= 1
-    assert [
-        line for line in result.stdout.splitlines() if len(line) > 100 and "page" not in line and "next" not in line
-    ] == []
+    broken += ["--set", "policy.ppo.trainer.gradient_accumulation_steps=4"]
+    said = prefloop(root, *asked, *broken).ended_well()
+    assert said.count("a rollout must end with an optimizer step") == 1
+    assert len(re.findall(r"^sft +done", said, flags=re.MULTILINE)) <= 1
+    assert [line for line in said.splitlines() if len(line) > 100 and "page" not in line and "next" not in line] == []
     (folder,) = (path for path in (root / "var/runs").iterdir() if path.name.endswith("tiny-compared"))
     rows = json.loads((folder / "rows.json").read_text())
     assert [(row["method"], row["setting"], row["error"] is None) for row in rows] == [
