@@ -23,8 +23,9 @@ from pydantic import (
 )
 
 from steps.errors import RecipeError, did_you_mean
-from steps.policy_config import DPO, GRPO, PPO, RELATIVES, RLOO, SPO, BestOfN, ChainOfHindsight, Policy, Relative
+from steps.policy_config import DPO, PPO, RELATIVES, BestOfN, ChainOfHindsight, Groups, Policy, Relative
 from steps.sections import USUAL, Pairs, Section, checked_trainer
+from steps.trainer_fields import ON_GROUPS
 
 
 class Data(Section):
@@ -351,8 +352,8 @@ class Recipe(Section):
         values = self.model_dump(mode="json")
         method = values["policy"]["method"]
         policy = values["policy"]
-        sections = ("dpo", method) if method in RELATIVES else (method,)  # relatives share DPO's pairs
-        kept = {name: policy[name] for name in sections if name in policy}  # `sft` has no settings of its own
+        shared = ("dpo",) * (method in RELATIVES) + ("rloo",) * (method in ON_GROUPS)
+        kept = {name: policy[name] for name in (*shared, method) if name in policy}  # `sft` has no settings of its own
         values["policy"] = {"method": method, "start": policy["start"], **kept}
         return values
 
@@ -529,9 +530,7 @@ SECTIONS: dict[str, type[Section]] = {
     "dpo": DPO,
     "relative": Relative,
     "ppo": PPO,
-    "rloo": RLOO,
-    "grpo": GRPO,
-    "spo": SPO,
+    "groups": Groups,
     "chain_of_hindsight": ChainOfHindsight,
     "best_of_n": BestOfN,
     "sampling": Sampling,

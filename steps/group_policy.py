@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from steps.implicit_rewards import HeldOut
 from steps.lm_head import labelled_lm_head
 from steps.models import ADAPTER, load_policy, load_tokenizer
 from steps.pairs import held_out_pairs
-from steps.policy_config import GRPO, RLOO, SPO, Groups
+from steps.policy_config import Groups
 from steps.reward_model import Reading
 from steps.reward_scorers import CarefulScorer, members_of, reward_scorer
 from steps.rollouts import (
@@ -114,21 +113,6 @@ class SelfPlayTrainer(LeaveOneOutTrainer):
         super().tell(inputs, out, win_rate=self.win_rates.ravel()[first : first + len(inputs)].tolist(), **more)
 
 
-def tune_by_rloo(rloo: RLOO, dtype: str, **step: Any) -> Facts:
-    """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740) from the SFT model; see `tune_policy`."""
-    return tune_policy("rloo", rloo, dtype, **step)
-
-
-def tune_by_grpo(grpo: GRPO, dtype: str, **step: Any) -> Facts:
-    """Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300) from the SFT model."""
-    return tune_policy("grpo", grpo, dtype, **step)
-
-
-def tune_by_spo(spo: SPO, dtype: str, **step: Any) -> Facts:
-    """Self-play preference optimisation (Swamy et al. 2024, arXiv:2401.04056) from the SFT model."""
-    return tune_policy("spo", spo, dtype, **step)
-
-
 KINDS = {
     "rloo": (LeaveOneOutTrainer, RLOOConfig, rloo_trainer, AnswerReward),
     "grpo": (GroupRelativeTrainer, GRPOConfig, grpo_trainer, AnswerReward),
@@ -137,8 +121,8 @@ KINDS = {
 
 
 def tune_policy(
+    groups: Groups,
     method: str,
-    config: Groups,
     dtype: str,
     *,
     base: Path,
@@ -150,7 +134,10 @@ def tune_policy(
     tracker: Tracker,
     start: Path | None = None,
 ) -> Facts:
-    """Let TRL's trainer raise what our reward model gives the policy's answers.
+    """Let TRL's trainer raise what our reward model gives the policy's answers, from the SFT model.
+
+    REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740), group-relative policy optimisation (Shao et al.
+    2024, arXiv:2402.03300) or self-play preference optimisation (Swamy et al. 2024, arXiv:2401.04056).
 
     Args:
         method: of `KINDS`.
@@ -166,7 +153,7 @@ def tune_policy(
     frozen = REFERENCE if isinstance(model, PeftModel) else None
     if frozen:
         add_adapter(model, frozen, "default")
-    args = rollout_arguments(arguments_of, config, {"beta": BETA}, seed=seed, out=out)
+    args = rollout_arguments(arguments_of, groups, {"beta": BETA}, seed=seed, out=out)
     prompts = prompts_of(preferences, at_least=args.generation_batch_size // args.num_generations)
     scorer.head.to(args.device)
     for part in members_of(scorer):
@@ -185,7 +172,7 @@ def tune_policy(
         with active(model, frozen):
             return token_log_probs(model, rows)[0]
 
-    held_out = HeldOut(held_out_pairs(preferences, config.held_out), tokenizer, reference)
+    held_out = HeldOut(held_out_pairs(preferences, groups.held_out), tokenizer, reference)
     begin_at(model, start, base, dtype)
-    facts = learn(method, trainer, config, held_out, args.beta or 1.0, base, out, tracker)
+    facts = learn(method, trainer, groups, held_out, args.beta or 1.0, base, out, tracker)
     return {**facts, "start": "champion" if start else "sft"}

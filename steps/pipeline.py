@@ -14,6 +14,7 @@ from steps.config import Recipe
 from steps.policy_config import RELATIVES
 from steps.run import Input, StepSpec
 from steps.sections import Section
+from steps.trainer_fields import ON_GROUPS
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ _START = {"start": "start"}  # where training begins, when not at the SFT model
 _FROM_REWARD = {"base": "base", "sft": "sft", "reward": "reward", "preferences": "data/preferences", **_START}
 
 _RELATIVE = {"relative": "policy.relative", "method": "policy.method", "dtype": "model.dtype"}
+_GROUPS = {"groups": "policy.groups", "method": "policy.method", "dtype": "model.dtype"}
 _FROM_PAIRS = {"base": "base", "sft": "sft", "preferences": "data/preferences", **_START}
 _FROM_TARGETS = {**_FROM_PAIRS, "demonstrations": "data/demonstrations"}
 
@@ -139,24 +141,10 @@ POLICIES: dict[str, Step] = {
         {**_FROM_REWARD, "demonstrations": "data/demonstrations"},
         optional=frozenset(_START),
     ),
-    "rloo": Step(
-        "steps.group_policy:tune_by_rloo",
-        {"rloo": "policy.rloo", "dtype": "model.dtype"},
-        _FROM_REWARD,
-        optional=frozenset(_START),
-    ),
-    "grpo": Step(
-        "steps.group_policy:tune_by_grpo",
-        {"grpo": "policy.grpo", "dtype": "model.dtype"},
-        _FROM_REWARD,
-        optional=frozenset(_START),
-    ),
-    "spo": Step(
-        "steps.group_policy:tune_by_spo",
-        {"spo": "policy.spo", "dtype": "model.dtype"},
-        _FROM_REWARD,
-        optional=frozenset(_START),
-    ),
+    **{
+        method: Step("steps.group_policy:tune_policy", _GROUPS, _FROM_REWARD, optional=frozenset(_START))
+        for method in ON_GROUPS
+    },
     "chain_of_hindsight": Step(
         "steps.chain_of_hindsight:tune_policy",
         {"chain_of_hindsight": "policy.chain_of_hindsight", "dtype": "model.dtype"},

@@ -169,39 +169,34 @@ class PPO(OnPolicy):
     trainer: Annotated[dict[str, Any], checked_trainer("ppo")] = USUAL
 
 
-class Groups(OnPolicy):
-    """What methods have in common that draw several answers to a prompt, `trainer.num_generations`."""
+class RLOO(OnPolicy):
+    """REINFORCE leave-one-out (arXiv:2402.14740), TRL's trainer on our reward model.
 
-    trainer: dict[str, Any] = USUAL
-
-    @field_validator("trainer")
-    @classmethod
-    def _more_than_one_answer(cls, trainer: dict[str, Any]) -> dict[str, Any]:
-        answers = trainer.get("num_generations", 2)
-        if not isinstance(answers, int) or answers < 2:
-            raise ValueError(f"num_generations: answers to a prompt are held against each other, from 2; got {answers}")
-        return trainer
-
-
-class RLOO(Groups):
-    """REINFORCE leave-one-out (arXiv:2402.14740), TRL's trainer on our reward model."""
+    A prompt gets `trainer.num_generations` answers. Rollouts and training hold for `grpo` and `spo` too.
+    """
 
     trainer: Annotated[dict[str, Any], checked_trainer("rloo")] = USUAL
 
 
-class GRPO(Groups):
+class GRPO(Section):
     """Group-relative policy optimisation (arXiv:2402.03300), TRL's trainer on our reward model."""
 
     trainer: Annotated[dict[str, Any], checked_trainer("grpo")] = USUAL
 
 
-class SPO(Groups):
+class SPO(Section):
     """Self-play preference optimisation (arXiv:2401.04056): RLOO of how often an answer wins against the others.
 
-    `trainer.beta` is in win rate per nat.
+    `trainer.beta` is in win rate per nat, so it is not RLOO's where it is not given.
     """
 
     trainer: Annotated[dict[str, Any], checked_trainer("spo")] = USUAL
+
+
+class Groups(OnPolicy):
+    """A method of `ON_GROUPS` with all it needs: rollouts and training as `policy.rloo` has them, and its own."""
+
+    trainer: dict[str, Any] = USUAL
 
 
 class ChainOfHindsight(Pairs):
@@ -292,6 +287,14 @@ class Policy(Section):
         if self.method in ("best_of_n", "sft") and self.start == "champion":
             raise ValueError(f"{self.method} trains nothing that could start at the champion; set policy.start=sft")
         return self
+
+    @property
+    def groups(self) -> Groups:
+        """The settings of the method in use, one of `ON_GROUPS`, completed by what it shares with RLOO."""
+        own = getattr(self, self.method).trainer
+        kept = fields_of(self.method).difference(owned_of(self.method), ("beta",) if self.method == "spo" else ())
+        shared = {name: value for name, value in self.rloo.trainer.items() if name in kept}
+        return Groups(**self.rloo.model_dump(exclude={"trainer"}), trainer={**shared, **own})
 
     @property
     def relative(self) -> Relative:

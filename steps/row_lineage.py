@@ -34,8 +34,8 @@ UNUSED, UNCLEAR = "in the table it read, not used", "in the table it read"
 GRADES = ("no", "maybe", "yes")
 LEARNS = (TRAINED, ASKED, UNCLEAR)  # what may leave a trace in weights
 HINDSIGHT = "chain_of_hindsight"
-PAIRED = ("reward", "dpo", HINDSIGHT)
-ON_POLICY = ("ppo", "rloo", "grpo", "spo")
+PAIRED = ("reward", "dpo", "relative", HINDSIGHT)
+ON_POLICY = ("ppo", "groups", "rloo", "grpo", "spo")  # the last three of runs made before they shared a section
 
 
 @dataclass(frozen=True)

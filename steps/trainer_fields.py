@@ -9,6 +9,7 @@ from pathlib import Path
 
 REFERENCE_FREE = ("simpo", "cpo", "orpo", "slic", "slic_sample_rank")
 ON_PAIRS = ("dpo", "ipo", "cdpo", "robust", "rso", *REFERENCE_FREE)  # methods that are losses of TRL's DPOTrainer
+ON_GROUPS = ("rloo", "grpo", "spo")  # methods that hold several answers to a prompt against each other
 # The losses TRL's DPOTrainer has, for `loss_type`.
 DPO_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",

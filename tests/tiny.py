@@ -155,16 +155,6 @@ policy:
     held_out: 32
     measure_every: 2
     trainer: {learning_rate: 1e-2, per_device_train_batch_size: 8, num_generations: 4, max_completion_length: 8}
-  grpo:
-    rollouts: 3
-    held_out: 32
-    measure_every: 2
-    trainer: {learning_rate: 1e-2, per_device_train_batch_size: 8, num_generations: 4, max_completion_length: 8}
-  spo:
-    rollouts: 3
-    held_out: 32
-    measure_every: 2
-    trainer: {learning_rate: 1e-2, per_device_train_batch_size: 8, num_generations: 4, max_completion_length: 8}
 evaluate: {prompts: 16, max_new_tokens: 8}
 gate: {win_rate_floor: 0.0, judge_accuracy_floor: 0.0, guards: {}}
 launch: {launcher: here, min_free_gib: 0}

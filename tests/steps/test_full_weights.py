@@ -20,12 +20,13 @@ from steps.config import load, section
 from steps.dpo import tune_policy as tune_by_dpo
 from steps.errors import RecipeError
 from steps.experiment import Experiment
-from steps.group_policy import tune_by_grpo, tune_by_rloo, tune_by_spo
+from steps.group_policy import tune_policy as tune_by_groups
 from steps.models import ADAPTER, checkpoint_files, is_whole_model, load_policy, load_reward_model, score_head
 from steps.ppo import tune_policy as tune_by_ppo
 from steps.reward import train_reward
 from steps.sft import train_sft
 from steps.tracking import Spool, curves
+from steps.trainer_fields import ON_GROUPS
 
 WHOLE = ["name=whole", "model.lora=null", "evaluate.prompts=8"]
 PPO = ["policy.method=ppo", "policy.ppo.backbone=separate"]
@@ -34,9 +35,7 @@ FUNCTIONS = {
     "reward": train_reward,
     "dpo": tune_by_dpo,
     "ppo": tune_by_ppo,
-    "rloo": tune_by_rloo,
-    "grpo": tune_by_grpo,
-    "spo": tune_by_spo,
+    **dict.fromkeys(ON_GROUPS, tune_by_groups),
 }
 
 
@@ -156,9 +155,9 @@ def test_at_first_ppos_kl_is_nought(flows: dict[str, Experiment], tmp_path: Path
     assert kl[1] > 1e-3
 
 
-@pytest.mark.parametrize("method", ["rloo", "grpo", "spo"])
+@pytest.mark.parametrize("method", ON_GROUPS)
 def test_groups_of_answers_tune_a_whole_model(flows: dict[str, Experiment], tmp_path: Path, method: str) -> None:
-    facts = work(flows["ppo"], method, tmp_path, f"policy.{method}.rollouts=2")
+    facts = work(flows["ppo"], method, tmp_path, "policy.rloo.rollouts=2")
     assert is_whole_model(tmp_path / ADAPTER)
     assert curves(tmp_path)["kl_per_token"][0][1] == pytest.approx(0, abs=1e-5)
     assert facts["eval_rewards/margins"] != 0

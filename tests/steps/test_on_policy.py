@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,13 +32,9 @@ from steps.reward_scorers import CarefulScorer
 from steps.rollouts import SAMPLES, prompts_of
 from steps.self_play import preferences, win_rates
 from steps.tracking import Spool, curves
+from steps.trainer_fields import ON_GROUPS
 
-METHODS: dict[str, Callable[..., dict]] = {
-    "ppo": ppo.tune_policy,
-    "rloo": group_policy.tune_by_rloo,
-    "grpo": group_policy.tune_by_grpo,
-    "spo": group_policy.tune_by_spo,
-}
+METHODS = ("ppo", *ON_GROUPS)
 
 
 def inputs(finished: Path) -> dict[str, Path]:
@@ -55,11 +50,11 @@ def tuned(finished: Path, out: Path, method: str = "ppo", dtype: str = "float32"
     """The step's facts; its artifact lies in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     recipe = load(finished / "recipes/tiny.yaml", [f"policy.method={method}", *sets])
-    given = inputs(finished)
-    if method != "ppo":
-        given.pop("demonstrations")
-    config = getattr(recipe.policy, method)
-    return METHODS[method](config, dtype, **given, seed=3, out=out, tracker=Spool(out))
+    given: dict[str, Any] = {**inputs(finished), "seed": 3, "out": out, "tracker": Spool(out)}
+    if method == "ppo":
+        return ppo.tune_policy(recipe.policy.ppo, dtype, **given)
+    given.pop("demonstrations")
+    return group_policy.tune_policy(recipe.policy.groups, method, dtype, **given)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -119,7 +114,7 @@ def test_groups_go_on_where_they_were_interrupted(finished: Path, tmp_path: Path
 
 
 def test_spo_tells_the_reward_models_scores_and_learns_from_win_rates(finished: Path, tmp_path: Path) -> None:
-    facts = tuned(finished, tmp_path, "spo", "float32", "policy.spo.samples_every=1")
+    facts = tuned(finished, tmp_path, "spo", "float32", "policy.rloo.samples_every=1")
     table = json.loads((tmp_path / f"{SAMPLES}.json").read_text())
     rows = pd.DataFrame(table["data"], columns=table["columns"])
     found = {name: [value for _, value in points] for name, points in curves(tmp_path).items()}

@@ -71,7 +71,8 @@ def test_dpo_begins_at_the_champions_implicit_rewards(project: Path, champion: d
 @pytest.mark.parametrize("method", ["ppo", "rloo", "grpo", "spo"])
 def test_the_reference_of_other_methods_stays_too(project: Path, champion: dict[str, Any], method: str) -> None:
     """β log(π/ρ) of the same held-out pairs is DPO's times the ratio of the two β: 0.05, and TRL's 0.1 for DPO."""
-    changes = {f"policy__{method}__rollouts": 1, f"policy__{method}__trainer__learning_rate": STILL}
+    shared = "ppo" if method == "ppo" else "rloo"
+    changes = {f"policy__{shared}__rollouts": 1, f"policy__{shared}__trainer__learning_rate": STILL}
     run = experiment(project, io.StringIO(), policy__method=method, policy__start="champion", **changes)
     facts = run.run("policy").artifact.facts
     assert facts["eval_rewards/margins"] == pytest.approx(0.5 * champion["eval_rewards/margins"], rel=1e-3)

@@ -153,7 +153,10 @@ def test_the_answer_in_words_fits_a_hundred_columns(project: Project) -> None:
         ({"min_margin": 1.0, "pairs": 1}, [1]),
     ],
 )
-def test_a_trainers_choice_is_the_one_pairs_makes(tmp_path: Path, settings: dict, trained: list[int]) -> None:
+@pytest.mark.parametrize("section", ["dpo", "relative"])
+def test_a_trainers_choice_is_the_one_pairs_makes(
+    tmp_path: Path, section: str, settings: dict, trained: list[int]
+) -> None:
     from steps.pairs import training_and_held_out
 
     texts = ["longer answer", "short", "brief", "longer answer too", *(f"h{n}" for n in range(40))]
@@ -168,7 +171,7 @@ def test_a_trainers_choice_is_the_one_pairs_makes(tmp_path: Path, settings: dict
     )
     frame.to_parquet(tmp_path / "preferences.parquet")
     config = Pairs(**settings, held_out=35)
-    params = {f"dpo.{name}": str(value) for name, value in config.model_dump().items()}
+    params = {f"{section}.{name}": str(value) for name, value in config.model_dump().items()}
     found = used("policy", "preferences", frame, params)
     assert [line for line, use in enumerate(found) if use == TRAINED] == trained
     train, held_out, _ = training_and_held_out(tmp_path / "preferences.parquet", config)

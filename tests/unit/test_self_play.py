@@ -15,7 +15,7 @@ from scipy.special import softmax
 
 from steps import pipeline
 from steps.comparison import variants
-from steps.config import Recipe, parse, read_yaml
+from steps.config import Recipe, parse, read_yaml, section
 from steps.errors import RecipeError
 from steps.row_lineage import ASKED, MEASURED, used
 from steps.self_play import for_leave_one_out, preferences, win_rates
@@ -183,18 +183,43 @@ def test_self_play_in_a_circle_comes_to_the_minimax_winner_on_average() -> None:
 # -- in a recipe -------------------------------------------------------------------------------------------------
 
 
-def recipe(**spo: object) -> Recipe:
+SHARED = {"rollouts": 5, "trainer": {"num_generations": 4, "beta": 0.1, "learning_rate": 1e-3}}
+
+
+def recipe(method: str = "spo", **own: object) -> Recipe:
     tree = read_yaml(tiny.RECIPE, "tiny")
-    tree["policy"] = {"method": "spo", "spo": spo}
+    tree["policy"] = {"method": method, "rloo": SHARED, **({method: own} if own else {})}
     return parse(tree, "tiny")
 
 
-def test_a_recipe_sets_it_as_rloo() -> None:
-    made = recipe(rollouts=5, trainer={"num_generations": 4, "beta": 0.02})
-    assert list(made.used()["policy"]) == ["method", "start", "spo"]
-    assert pipeline.step_of("policy", made).function == "steps.group_policy:tune_by_spo"
-    assert pipeline.step_of("policy", made).inputs == pipeline.POLICIES["rloo"].inputs
-    assert made.policy.spo.model_dump().keys() == made.policy.rloo.model_dump().keys()
+def test_rollouts_and_training_are_rloos_where_a_section_says_nothing_else() -> None:
+    assert recipe("rloo").policy.groups.model_dump() == recipe("rloo").policy.rloo.model_dump()
+    grpo = recipe("grpo", trainer={"loss_type": "grpo", "num_generations": 8}).policy.groups
+    assert grpo.rollouts == 5
+    assert grpo.trainer == {**SHARED["trainer"], "loss_type": "grpo", "num_generations": 8}
+    tree = read_yaml(tiny.RECIPE, "tiny")
+    own = {"trainer": {**SHARED["trainer"], "normalize_advantages": True, "reward_clip_range": [-1, 1]}}
+    tree["policy"] = {"method": "grpo", "rloo": own}
+    assert parse(tree, "tiny").policy.groups.trainer == SHARED["trainer"]  # GRPO has neither
+
+
+def test_a_weight_in_reward_is_none_in_win_rate() -> None:
+    assert "beta" not in recipe().policy.groups.trainer
+    assert recipe(trainer={"beta": 0.02}).policy.groups.trainer == {**SHARED["trainer"], "beta": 0.02}
+
+
+def test_a_used_recipe_holds_rloos_section_beside_it() -> None:
+    made = recipe(trainer={"beta": 0.02})
+    assert list(made.used()["policy"]) == ["method", "start", "rloo", "spo"]
+    assert parse(made.used(), "again").policy.groups == made.policy.groups
+    assert list(recipe("rloo").used()["policy"]) == ["method", "start", "rloo"]
+
+
+def test_steps_get_the_settings_and_the_name() -> None:
+    step = pipeline.step_of("policy", recipe())
+    settings = {name: pipeline._at(recipe(), path) for name, path in step.config.items()}
+    assert section("groups", settings["groups"]) == recipe().policy.groups
+    assert settings["method"] == "spo"
 
 
 @pytest.mark.parametrize(
@@ -229,4 +254,4 @@ def test_it_has_a_row_in_a_comparison() -> None:
 
 def test_its_prompts_are_asked_in_training() -> None:
     frame = pd.DataFrame({"part": ["train", "held_out"], "prompt": ["a", "b"]})
-    assert used("policy", "preferences", frame, {"spo.held_out": "1"}) == [ASKED, MEASURED]
+    assert used("policy", "preferences", frame, {"groups.held_out": "1"}) == [ASKED, MEASURED]
