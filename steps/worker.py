@@ -6,6 +6,7 @@ that finds them in memory and ends with all that it took. `python -m steps.worke
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -51,6 +52,7 @@ def serve() -> None:
 def fork(partial: Path) -> tuple[int, int]:
     """Start a step; returns its process id, and a descriptor it dies with when it closes."""
     watched, alive = os.pipe()
+    gc.freeze()  # trainers look for garbage several times, and need not do so in all that was imported
     child = os.fork()
     if child:
         os.close(watched)

@@ -157,6 +157,7 @@ def serve() -> bool:
     """Fork for every line of standard input. True in a fork, which is to become a command."""
     for module in AHEAD:
         importlib.import_module(module)
+    gc.freeze()
     ctypes.CDLL(None).prctl(BECOME_REAPER, 1, 0, 0, 0)
     running: dict[int, Path] = {}
     waiting = b""
