@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,22 @@ def with_file(registry: str, name: str, role: str, file: str) -> str:
 def with_entry(registry: str, name: str, format: str, files: dict[str, str]) -> str:
     """The registry's text with a new dataset at its end.
 
+    The seed of its split comes from its name: rows taken from a part of another dataset would all be dealt to that part
+    again by the same one.
+
     Raises:
         DataError: it cannot be added without changing other lines.
     """
     datasets = _inner(yaml.compose(registry), "datasets")
     listed = [f"      {_written(role)}: {_written(file)}" for role, file in files.items()]
-    block = [f"{name}:", f"  format: {format}", "  source:", "    files:", *listed]
+    seed = zlib.crc32(name.encode()) % 10_000
+    block = [f"{name}:", f"  format: {format}", "  source:", "    files:", *listed, f"  split: {{seed: {seed}}}"]
     if not isinstance(datasets, yaml.MappingNode) or datasets.flow_style or not datasets.value:
         raise _by_hand(name, "\n        ".join(block), "`datasets:` is no block of entries")
     indent = " " * datasets.value[0][0].start_mark.column
     text = _after(registry, _last_line(datasets), [indent + line for line in block])
-    expected = _parsed(registry) | {name: {"format": format, "source": {"files": files}}}
+    made = {"format": format, "source": {"files": files}, "split": {"seed": seed}}
+    expected = _parsed(registry) | {name: made}
     return _checked(text, expected, name, "\n        ".join(block))
 
 

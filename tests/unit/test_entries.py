@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from steps import entries
+from steps.datasets import Split
 from steps.errors import DataError
+from steps.split import part_of
 
 BLOCK = """\
 # Ours.
@@ -39,8 +41,20 @@ def test_a_flow_mapping_grows_on_its_line() -> None:
 
 def test_a_new_entry_goes_to_the_end() -> None:
     edited = entries.with_entry(BLOCK, "third", "scored", {"on": "on.jsonl"})
+    seed = yaml.safe_load(edited)["datasets"]["third"]["split"]["seed"]
     block = '  third:\n    format: scored\n    source:\n      files:\n        "on": on.jsonl\n'
+    block += f"    split: {{seed: {seed}}}\n"
     assert edited == BLOCK.replace("# the end\n", block + "# the end\n")
+
+
+def test_rows_of_one_part_of_another_dataset_are_dealt_to_all_parts() -> None:
+    prompts = [f"p{number}" for number in range(2000)]
+    shares = Split()
+    train = [prompt for prompt in prompts if part_of(prompt, shares) == "preferences"]
+    assert {part_of(prompt, shares) for prompt in train} == {"preferences"}
+    made = yaml.safe_load(entries.with_entry(BLOCK, "derived", "preferences", {"pairs": "p.jsonl"}))
+    seeded = Split(**made["datasets"]["derived"]["split"])
+    assert {part_of(prompt, seeded) for prompt in train} == {"demonstrations", "preferences", "held_out", "gold"}
 
 
 def test_a_last_line_without_its_end_is_no_obstacle() -> None:
