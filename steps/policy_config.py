@@ -172,14 +172,18 @@ class PPO(OnPolicy):
 class RLOO(OnPolicy):
     """REINFORCE leave-one-out (arXiv:2402.14740), TRL's trainer on our reward model.
 
-    A prompt gets `trainer.num_generations` answers. Rollouts and training hold for `grpo` and `spo` too.
+    A prompt gets `trainer.num_generations` answers. Rollouts and training hold for `grpo` and `spo` too, but for the
+    weight of the KL: `trainer.beta` is reward per nat here.
     """
 
     trainer: Annotated[dict[str, Any], checked_trainer("rloo")] = USUAL
 
 
 class GRPO(Section):
-    """Group-relative policy optimisation (arXiv:2402.03300), TRL's trainer on our reward model."""
+    """Group-relative policy optimisation (arXiv:2402.03300), TRL's trainer on our reward model.
+
+    `trainer.beta` weighs a token's KL beside advantages of variance 1.
+    """
 
     trainer: Annotated[dict[str, Any], checked_trainer("grpo")] = USUAL
 
@@ -187,7 +191,7 @@ class GRPO(Section):
 class SPO(Section):
     """Self-play preference optimisation (arXiv:2401.04056): RLOO of how often an answer wins against the others.
 
-    `trainer.beta` is in win rate per nat, so it is not RLOO's where it is not given.
+    `trainer.beta` is win rate per nat.
     """
 
     trainer: Annotated[dict[str, Any], checked_trainer("spo")] = USUAL
@@ -292,7 +296,7 @@ class Policy(Section):
     def groups(self) -> Groups:
         """The settings of the method in use, one of `ON_GROUPS`, completed by what it shares with RLOO."""
         own = getattr(self, self.method).trainer
-        kept = fields_of(self.method).difference(owned_of(self.method), ("beta",) if self.method == "spo" else ())
+        kept = fields_of(self.method).difference(owned_of(self.method), ("beta",))  # which each has in another unit
         shared = {name: value for name, value in self.rloo.trainer.items() if name in kept}
         return Groups(**self.rloo.model_dump(exclude={"trainer"}), trainer={**shared, **own})
 

@@ -196,15 +196,18 @@ def test_rollouts_and_training_are_rloos_where_a_section_says_nothing_else() -> 
     assert recipe("rloo").policy.groups.model_dump() == recipe("rloo").policy.rloo.model_dump()
     grpo = recipe("grpo", trainer={"loss_type": "grpo", "num_generations": 8}).policy.groups
     assert grpo.rollouts == 5
-    assert grpo.trainer == {**SHARED["trainer"], "loss_type": "grpo", "num_generations": 8}
+    assert grpo.trainer == {"learning_rate": 1e-3, "loss_type": "grpo", "num_generations": 8}
     tree = read_yaml(tiny.RECIPE, "tiny")
     own = {"trainer": {**SHARED["trainer"], "normalize_advantages": True, "reward_clip_range": [-1, 1]}}
     tree["policy"] = {"method": "grpo", "rloo": own}
-    assert parse(tree, "tiny").policy.groups.trainer == SHARED["trainer"]  # GRPO has neither
+    assert parse(tree, "tiny").policy.groups.trainer == {
+        "num_generations": 4,
+        "learning_rate": 1e-3,
+    }  # GRPO has neither
 
 
-def test_a_weight_in_reward_is_none_in_win_rate() -> None:
-    assert "beta" not in recipe().policy.groups.trainer
+def test_the_weight_of_the_kl_is_each_methods_own() -> None:
+    assert [recipe(method).policy.groups.trainer.get("beta") for method in ("rloo", "grpo", "spo")] == [0.1, None, None]
     assert recipe(trainer={"beta": 0.02}).policy.groups.trainer == {**SHARED["trainer"], "beta": 0.02}
 
 
