@@ -144,7 +144,6 @@ def rows_of(variant: Variant, made: Mapping[str, Artifact]) -> list[dict[str, An
         made: the artifacts of its steps, by the step's name.
     """
     facts, policy, scale = made["evaluate"].facts, made["policy"], unit(variant)
-    chosen = policy.facts.get("eval_rewards/chosen")
     shared = {
         "method": variant.method,
         "seed": variant.seed,
@@ -170,10 +169,14 @@ def rows_of(variant: Variant, made: Mapping[str, Artifact]) -> list[dict[str, An
             "win_rate_high": facts["win_rate_high"],
             "length_ratio": facts["length_ratio"],
             "accuracy": policy.facts.get("eval_rewards/accuracies"),
-            "chosen": None if chosen is None or scale is None else chosen / scale,
+            **{side: _nats(policy.facts.get(f"eval_rewards/{side}"), scale) for side in ("chosen", "rejected")},
             "alarms": ", ".join(alarm["name"] for name in WATCHED for alarm in made[name].facts.get("alarms", ())),
         }
     ]
+
+
+def _nats(reward: float | None, scale: float | None) -> float | None:
+    return None if reward is None or scale is None else reward / scale
 
 
 def failed(variant: Variant, error: str) -> dict[str, Any]:
@@ -183,7 +186,7 @@ def failed(variant: Variant, error: str) -> dict[str, Any]:
 
 # What is averaged over seeds.
 MEANS = (
-    "kl", "gold", "reward", "win_rate", "length_ratio", "accuracy", "chosen", "tuning", "peak_mib",
+    "kl", "gold", "reward", "win_rate", "length_ratio", "accuracy", "chosen", "rejected", "tuning", "peak_mib",
 )  # fmt: skip
 
 
@@ -198,7 +201,7 @@ class Group:
         p_value: of the pooled wins against losses, corrected for the number of groups (Holm); None without verdicts.
         dominates, dominated: how many groups have more KL and no more gold, and the other way round.
         accuracy: share of held-out pairs the policy's implicit reward orders as people do; NaN where it has none.
-        chosen: log π/ρ of held-out chosen answers, in nats; below 0 they became less likely than at the start.
+        chosen, rejected: log π/ρ of held-out answers, in nats; below 0 they became less likely than at the start.
         tuning: processor seconds of the policy step.
         peak_mib: most memory of the policy step, libraries included, in MiB.
     """
@@ -220,6 +223,7 @@ class Group:
     dominated: int
     accuracy: float
     chosen: float
+    rejected: float
     tuning: float
     peak_mib: float
 

@@ -39,7 +39,7 @@ td, th { border-bottom: 1px solid #e3e5e8; white-space: nowrap } .name { text-al
 <tr><th class="name">method</th><th class="name">setting</th><th>seeds</th><th>failed</th><th>KL, nats</th>
 <th>gold</th><th>reward</th><th>win rate</th><th>95 % interval</th><th>p (Holm)</th><th>length ×</th>
 <th>dominates</th><th>dominated by</th>
-<th>pairs</th><th>chosen, nats</th><th>CPU s</th><th>MiB</th></tr>
+<th>pairs</th><th>chosen, nats</th><th>rejected</th><th>CPU s</th><th>MiB</th></tr>
 {% for group in groups %}
 <tr class="{{ 'frontier' if not group.dominated }}">
 <td class="name">{{ group.method }}</td><td class="name">{{ group.setting }}</td>
@@ -52,14 +52,15 @@ td, th { border-bottom: 1px solid #e3e5e8; white-space: nowrap } .name { text-al
 {% endif %}</td><td>{{ "" if group.p_value is none else "%.2g" | format(group.p_value) }}</td>
 <td>{{ number(group.length_ratio, ".2f") }}</td><td>{{ group.dominates }}</td><td>{{ group.dominated }}</td>
 <td>{{ number(group.accuracy, ".2f") }}</td><td>{{ number(group.chosen, "+.1f") }}</td>
+<td>{{ number(group.rejected, "+.1f") }}</td>
 <td>{{ number(group.tuning, ".0f") }}</td><td>{{ number(group.peak_mib, ".0f") }}</td></tr>
 {% endfor %}
 </table>
 <p class="fine">Bold: nothing else has more gold for less KL. Gold: mean rating of a judge fitted on people's ratings no
 training step saw; ± is the deviation over seeds. Intervals and p-values are of all seeds' verdicts together, clustered
 by prompt. KL of best of n is the bound ln n − (n − 1)/n; of the others it is estimated on their own answers. Pairs:
-share of held-out pairs the policy orders as people do. Chosen: how much likelier, in nats, held-out chosen answers
-became; DPO may push them below 0 while its margin grows. CPU seconds and memory (libraries included) are those of the
+share of held-out pairs the policy orders as people do. Chosen, rejected: how much likelier, in nats, held-out answers
+became; DPO may push both below 0 while its margin grows. CPU seconds and memory (libraries included) are those of the
 policy step.</p>
 {% if errors %}<h2>Runs without a result</h2>
 <ul>{% for name, error in errors %}<li>{{ name }}: {{ error }}</li>{% endfor %}</ul>{% endif %}

@@ -24,7 +24,7 @@ from steps.paths import Var
 from steps.versions import DataVersion
 
 STEPS = Recipe.STEPS[: Recipe.STEPS.index("gate")]
-RECORDED = ("kl", "gold", "win_rate", "accuracy", "chosen")  # of a group, as metrics
+RECORDED = ("kl", "gold", "win_rate", "accuracy", "chosen", "rejected")  # of a group, as metrics
 
 
 SPELLED = {"β=": "beta ", "λ=": "lambda ", "n=": "n ", ":": " ", "+": " and "}  # what MLflow allows no name to hold

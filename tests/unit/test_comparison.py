@@ -81,10 +81,10 @@ def test_best_of_n_is_a_row_for_each_n(recipe: Recipe) -> None:
 def test_displacement_is_in_nats_whatever_the_scale(recipe: Recipe, method: str, chosen: float) -> None:
     plain = assigned(recipe, {"policy.dpo.trainer": {}})
     (variant,) = variants(plain, [method], [0.1], 1)
-    tuned = artifact({"eval_rewards/chosen": -0.4, "eval_rewards/accuracies": 0.7})
+    tuned = artifact({"eval_rewards/chosen": -0.4, "eval_rewards/rejected": -0.8, "eval_rewards/accuracies": 0.7})
     judged = artifact({"win_rate": 0.6, "win_rate_low": 0.5, "win_rate_high": 0.7, "length_ratio": 1.0})
     (row,) = rows_of(variant, {"reward": artifact({}), "policy": tuned, "evaluate": judged})
-    assert row["chosen"] == pytest.approx(chosen)
+    assert (row["chosen"], row["rejected"]) == pytest.approx((chosen, 2 * chosen))
     assert (row["accuracy"], row["tuning"], row["peak_mib"], row["seconds"]) == (0.7, 2.0, 512.0, 3.0)
 
 
