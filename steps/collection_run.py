@@ -464,8 +464,8 @@ class CollectionRun:
             counts = [f"{count:,}" for count in (one.labels, one.on_policy, one.off_policy, one.ties)]
             rates = [_share(one.win_rate), _share(one.champion_win_rate)]
             promoted = "promoted" if one.promoted else "kept back" if one.trained else "not trained"
-            cells = [f"{one.number}", _short(one.sampled), *counts, margin, f"{one.rows:,}", *rates]
-            table.add_row(*map(plain, (*cells, _short(one.trained), promoted)))
+            cells = [f"{one.number}", _version(one.sampled), *counts, margin, f"{one.rows:,}", *rates]
+            table.add_row(*map(plain, (*cells, _version(one.trained), promoted)))
         self.console.print()
         if self.done:
             self.console.print(table)
@@ -511,8 +511,8 @@ def _file(path: Path) -> Input:
     return Input(path, digest_file(path))
 
 
-def _short(uri: str) -> str:
-    return uri.removeprefix("models:/")
+def _version(uri: str) -> str:
+    return uri and f"v{uri.rpartition('/')[2]}"
 
 
 def _share(rate: float | None) -> str:

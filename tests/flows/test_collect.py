@@ -187,7 +187,9 @@ def test_the_same_command_again_does_nothing(collected: Collected) -> None:
 def test_the_table_fits_a_terminal_of_100_columns(collected: Collected) -> None:
     table = collected.said[collected.said.rindex("\nround") :].splitlines()
     assert max(map(len, table)) <= 100
-    assert "tiny/1" in collected.said and "all 2 rounds are done" in collected.said
+    versions = [f"v{one['sampled'].rpartition('/')[2]}" for one in collected.rounds()]
+    assert [line.split()[:2] for line in table[2:4]] == [["1", versions[0]], ["2", versions[1]]]
+    assert "all 2 rounds are done" in table[-1]
 
 
 # -- without an orchestrator -------------------------------------------------------------------------------------
