@@ -103,7 +103,7 @@ def _load(kind: Any, folder: Path, dtype: str, **options: Any) -> PreTrainedMode
     if dtype == "nf4":
         options["quantization_config"] = four_bits(torch_dtype(dtype))
     try:
-        return kind.from_pretrained(folder, dtype=torch_dtype(dtype), use_safetensors=True, **options)
+        model = kind.from_pretrained(folder, dtype=torch_dtype(dtype), use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         raise ModelError(
             "the model cannot be loaded",
@@ -111,6 +111,12 @@ def _load(kind: Any, folder: Path, dtype: str, **options: Any) -> PreTrainedMode
             have=str(error).strip().splitlines()[0],
             then="remove that folder and run again, or set model.base to another model",
         ) from error
+    for module in model.modules():
+        # A processor with AVX-512 bfloat16 would pack 4-bit weights anew when it first uses them without gradients, for
+        # which not all widths will do, and then compute otherwise than in training: the start's KL would not be 0.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def lora_config(lora: Lora, base: Path, task: str) -> LoraConfig:

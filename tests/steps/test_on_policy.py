@@ -185,6 +185,17 @@ def test_a_base_in_four_bits_is_trained(finished: Path, tmp_path: Path) -> None:
     assert facts["steps"] == 16
 
 
+def test_four_bits_compute_alike_in_training_and_out_of_it(tmp_path: Path) -> None:
+    """Also where the processor has a faster way without gradients, which it takes for widths of 32."""
+    model = load_policy(tiny.make_base(tmp_path / "wide", width=64, spread=0.2), "nf4")
+    ids = torch.arange(20, 40).view(2, 10)
+    with torch.no_grad():
+        model.eval()
+        asked = model(ids).logits
+        model.train()
+        assert torch.equal(model(ids).logits, asked)
+
+
 @pytest.mark.parametrize("padding", ["a token of its own", "the end"])
 def test_the_reward_is_the_reward_models(finished: Path, padding: str) -> None:
     """As the evaluation computes it, from text, by another way; also where answers end with what pads them."""
