@@ -89,7 +89,7 @@ def draw_frontier(groups: Sequence[Group], path: Path) -> Path:
         for place, low, high in bounds:
             if low is not None and high is not None:
                 axes[2].plot((place, place), (low, high), color=colour, linewidth=1)
-        for group in mine:
+        for group in mine if len(mine) > 1 else ():  # the only one of a method needs no telling apart
             axes[0].annotate(
                 group.setting, (group.kl, group.gold), fontsize=7, xytext=(4, 4), textcoords="offset points"
             )
