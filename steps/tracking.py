@@ -311,7 +311,9 @@ class Forwarder:
             tags = {**entry["tags"], **({"mlflow.parentRunId": parent} if parent else {})}
             if run_id is None:
                 experiment = self.experiment(entry["experiment"])
-                run = self.client.create_run(experiment, start_time=entry["time"], tags=tags, run_name=entry["name"])
+                run = self._begun(experiment, entry) or self.client.create_run(
+                    experiment, start_time=entry["time"], tags=tags, run_name=entry["name"]
+                )
                 sent["run_id"], sent["begun"] = run.info.run_id, entry["time"]
             else:  # the step was interrupted: its run goes on, under the flow run that resumed it
                 self.client.update_run(run_id, status="RUNNING")
@@ -342,6 +344,11 @@ class Forwarder:
         elif entry["op"] == "end":
             ended = max(entry["time"], sent.get("begun", 0))  # the clock may have been put back meanwhile
             self.client.set_terminated(run_id, entry["status"], ended)
+
+    def _begun(self, experiment: str, entry: Mapping[str, Any]) -> Run | None:
+        """The run somebody made of this line, and was killed before it could be noted."""
+        found = self.client.search_runs([experiment], f"attributes.start_time = {entry['time']}")
+        return next((run for run in found if run.info.run_name == entry["name"]), None)
 
     def _run_of(self, folder: Path) -> str | None:
         """The run of another journal, which is sent first when it has none yet."""

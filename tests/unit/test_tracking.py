@@ -358,6 +358,24 @@ def test_an_interruption_between_two_batches_repeats_nothing_that_shows(
     assert [(point.step, point.value) for point in history] == [(1, 2.0)]
 
 
+def test_a_run_that_was_made_and_could_not_be_noted_is_found_again(
+    forwarder: Forwarder, tmp_path: Path, database: str
+) -> None:
+    """As after kill -9 between the two; a run of the same moment by another name is not taken for it."""
+    folder, other = start(tmp_path / "made"), tmp_path / "other"
+    other.mkdir()
+    line = (folder / JOURNAL).read_text()
+    (other / JOURNAL).write_text(line.replace('"made"', '"other"'))
+    assert forwarder.forward(folder) and forwarder.forward(other)
+    made, elsewhere = forwarder.run_id(folder), forwarder.run_id(other)
+    (folder / SENT).unlink()
+    append(folder, "end", status="FINISHED")
+    again = Forwarder(database, tmp_path / "artifacts")
+    assert again.forward(folder), again.problem
+    assert again.run_id(folder) == made != elsewhere
+    assert again.client.get_run(made).info.status == "FINISHED"
+
+
 def test_an_unreadable_note_of_what_was_sent_is_taken_for_none(forwarder: Forwarder, tmp_path: Path) -> None:
     folder = start(tmp_path / "step")
     (folder / SENT).write_text("{")
