@@ -23,9 +23,8 @@ from pydantic import (
 )
 
 from steps.errors import RecipeError, did_you_mean
-from steps.policy_config import DPO, PPO, RELATIVES, BestOfN, ChainOfHindsight, Groups, Policy, Relative
+from steps.policy_config import DPO, PPO, SHARED, BestOfN, ChainOfHindsight, Groups, Policy, Relative
 from steps.sections import USUAL, Pairs, Section, checked_trainer
-from steps.trainer_fields import ON_GROUPS
 
 
 class Data(Section):
@@ -352,8 +351,8 @@ class Recipe(Section):
         values = self.model_dump(mode="json")
         method = values["policy"]["method"]
         policy = values["policy"]
-        shared = ("dpo",) * (method in RELATIVES) + ("rloo",) * (method in ON_GROUPS)
-        kept = {name: policy[name] for name in (*shared, method) if name in policy}  # `sft` has no settings of its own
+        sections = (SHARED.get(method, method), method)
+        kept = {name: policy[name] for name in sections if name in policy}  # `sft` has no settings of its own
         values["policy"] = {"method": method, "start": policy["start"], **kept}
         return values
 

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from steps.hindsight import GOOD, Template, openings
 from steps.sections import USUAL, Pairs, Section, checked_trainer
-from steps.trainer_fields import ON_PAIRS, REFERENCE_FREE, fields_of, owned_of
+from steps.trainer_fields import ON_GROUPS, ON_PAIRS, REFERENCE_FREE, fields_of, owned_of
 
 
 class DPO(Pairs):
@@ -318,3 +318,5 @@ class Policy(Section):
 
 # Methods on DPO's pairs that take from `policy.dpo` what their own section does not say.
 RELATIVES = (*ON_PAIRS[1:], "kto")
+# The section that completes a method's own.
+SHARED = {**dict.fromkeys(RELATIVES, "dpo"), **dict.fromkeys(ON_GROUPS, "rloo")}

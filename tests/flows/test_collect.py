@@ -189,7 +189,7 @@ def test_the_table_fits_a_terminal_of_100_columns(collected: Collected) -> None:
     assert max(map(len, table)) <= 100
     versions = [f"v{one['sampled'].rpartition('/')[2]}" for one in collected.rounds()]
     assert [line.split()[:2] for line in table[2:4]] == [["1", versions[0]], ["2", versions[1]]]
-    assert "all 2 rounds are done" in table[-1]
+    assert "tiny/1" in collected.said and "all 2 rounds are done" in table[-1]
 
 
 # -- without an orchestrator -------------------------------------------------------------------------------------
