@@ -11,15 +11,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forks import Command, Forks
+from forks import PATIENCE, Command, Forks
 from states import PROCESS, RECIPE, artifacts, copy_without, digest, folder, partial, training_step
 
 PPO = ("--set", "policy.method=ppo", "--set", "policy.ppo.rollouts=6")  # of four updates each
 LONG = tuple(part for key in ("max_steps", "save_steps") for part in ("--set", f"policy.dpo.trainer.{key}=2000"))
 
 
-def start(prefloop: Forks, root: Path, step: str, *more: str) -> Command:
-    return prefloop(root, "step", step, RECIPE, *PROCESS, *more)
+def start(prefloop: Forks, root: Path, step: str, *more: str, before: str = "") -> Command:
+    return prefloop(root, "step", step, RECIPE, *PROCESS, *more, before=before)
+
+
+def waits_at(step: int) -> str:
+    """What makes a training wait to be killed once it has reported a step: all eight take a fraction of a second."""
+    return f"""
+import time
+from steps.tracking import Spool
+report = Spool.progress
+def report_and_wait(self, phase, done, *rest):
+    report(self, phase, done, *rest)
+    if phase == "training" and done >= {step}:
+        time.sleep({PATIENCE})
+Spool.progress = report_and_wait
+"""
 
 
 @pytest.mark.parametrize(("step", "at"), [("sft", 4), ("reward", 5), ("policy", 7)])
@@ -27,7 +41,7 @@ def test_killed_in_training_and_resumed_gives_the_same_bytes(
     prefloop: Forks, finished: Path, tmp_path: Path, step: str, at: int
 ) -> None:
     root = copy_without(finished, tmp_path / "project", step)
-    running = start(prefloop, root, step)
+    running = start(prefloop, root, step, before=waits_at(at))
     running.until(lambda: training_step(root, step) >= at)
     running.kill()
     prefloop.none_left()
@@ -133,7 +147,7 @@ def test_a_step_killed_alone_is_a_failed_step_with_a_way_out(
     prefloop: Forks, finished: Path, tmp_path: Path, victim: str
 ) -> None:
     root = copy_without(finished, tmp_path / "project", "reward")
-    running = start(prefloop, root, "reward")
+    running = start(prefloop, root, "reward", before=waits_at(1))
     running.until(lambda: training_step(root, "reward") >= 1)
     (running.worker() if victim == "the worker" else running.step()).kill()
     output = running.failed()
@@ -147,7 +161,7 @@ FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state
 @pytest.mark.parametrize("file", [FILES[0], *(pytest.param(file, marks=pytest.mark.every_fault) for file in FILES[1:])])
 def test_a_truncated_checkpoint_is_not_resumed_from(prefloop: Forks, finished: Path, tmp_path: Path, file: str) -> None:
     root = copy_without(finished, tmp_path / "project", "policy")
-    running = start(prefloop, root, "policy")
+    running = start(prefloop, root, "policy", before=waits_at(7))
     running.until(lambda: training_step(root, "policy") >= 7)
     running.kill()
     prefloop.none_left()
