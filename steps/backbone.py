@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from steps.datasets import read_table
 
 REFERENCE, REWARD, CRITIC = "reference", "reward", "critic"  # names of adapters beside the policy's, `default`
 
@@ -99,7 +100,7 @@ def demonstration_tokens(
     tokenizer: PreTrainedTokenizerBase, demonstrations: Path
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and completions of a table as tokens, the latter with their end."""
-    rows = pd.read_parquet(demonstrations, columns=["prompt", "completion"])
+    rows = read_table(demonstrations, columns=["prompt", "completion"])
     return answer_tokens(tokenizer, list(rows["prompt"]), list(rows["completion"]))
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 
 from steps.artifact import Facts
 from steps.config import Sampling
+from steps.datasets import read_table
 from steps.errors import DataError
 from steps.models import ADAPTER, load_policy, load_tokenizer
 from steps.sampling import Answers, sample
@@ -64,7 +65,7 @@ def held_out_prompts(prompts: Path, count: int) -> pd.DataFrame:
     Raises:
         DataError: there are fewer.
     """
-    asked = pd.read_parquet(prompts).head(count)
+    asked = read_table(prompts).head(count)
     if len(asked) < count:
         raise DataError(
             "too few held-out prompts",
@@ -94,7 +95,7 @@ def write(said: dict[float, Answers], prompts: list[str], path: Path) -> None:
 
 def read(baseline: Path) -> dict[float, Answers]:
     """A baseline's answers by temperature, in the order of the prompts."""
-    table = pd.read_parquet(baseline / ANSWERS)
+    table = read_table(baseline / ANSWERS)
     return {
         float(str(temperature)): Answers(
             list(rows["answer"]), rows["length"].to_numpy(), [list(tokens) for tokens in rows["tokens"]]

@@ -534,6 +534,7 @@ def quarantine(name: str, root: Path) -> list[dict[str, Any]]:
             where=str(path),
             then=f"`dvc pull`, or dvc repro split@{name}",
         )
-    there = pq.read_schema(path).names
-    columns = [column for column in ("row_id", "file", "line", "part", "raw", "reasons") if column in there]
-    return pq.read_table(path, columns=columns).to_pylist()
+    with pq.ParquetFile(path) as file:
+        there = file.schema_arrow.names
+        columns = [column for column in ("row_id", "file", "line", "part", "raw", "reasons") if column in there]
+        return file.read(columns=columns).to_pylist()

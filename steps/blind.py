@@ -20,6 +20,7 @@ import pandas as pd
 
 from steps.agreement import SwapConsistency, fleiss_kappa, rater_pairs, swap_consistency
 from steps.artifact import COMPLETIONS, digest_json
+from steps.datasets import read_table
 from steps.errors import DataError, did_you_mean
 from steps.intervals import wilson
 from steps.judges import Comparison, Verdict
@@ -216,7 +217,7 @@ def export(
 def _compared(completions: Path, rival: str) -> list[tuple[str, str, str]]:
     """(prompt, policy's answer, rival's answer), where both are there."""
     try:
-        table = pd.read_parquet(completions)
+        table = read_table(completions)
     except (OSError, ValueError) as error:
         raise DataError("the answers cannot be read", where=str(completions), have=str(error)) from error
     if missing := [name for name in ("prompt", "policy", rival) if name not in table]:

@@ -74,8 +74,9 @@ def identities(folder: Path) -> pd.DataFrame:
 
 def read(path: Path, columns: list[str]) -> pd.DataFrame:
     """Columns of a table, as far as it has them: older versions have fewer."""
-    there = pq.read_schema(path).names
-    return pd.read_parquet(path, columns=[name for name in columns if name in there])
+    with path.open("rb") as file:
+        there = pq.read_schema(file).names
+        return pd.read_parquet(file, columns=[name for name in columns if name in there])
 
 
 def previews(folder: Path, row_ids: list[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steps.artifact import CHART, COMPLETIONS, Facts, open_artifact
+from steps.datasets import read_table
 from steps.tracking import curves
 
 if TYPE_CHECKING:
@@ -136,7 +137,6 @@ def run_picture(folders: Mapping[str, Path], measured: Facts) -> Path:
         measured: what the evaluation found.
     """
     import numpy as np
-    import pandas as pd
 
     figure, axes = new_figure(1, 4, (15, 3.4), width_ratios=(1, 1, 1, 1.25))
     if "sft" in folders:
@@ -154,7 +154,7 @@ def run_picture(folders: Mapping[str, Path], measured: Facts) -> Path:
         _panel(axes[2], tuned, "policy: implicit rewards", PANELS[1][1], 0.0)
     else:
         axes[2].set_axis_off()
-    table = pd.read_parquet(folders["evaluate"] / COMPLETIONS)
+    table = read_table(folders["evaluate"] / COMPLETIONS)
     by, scale = ("gold", "rating on the human scale") if "start_gold" in table else ("reward", "reward model's score")
     before, after = table[f"start_{by}"], table[f"policy_{by}"]
     bins = np.linspace(min(before.min(), after.min()), max(before.max(), after.max()), 25)

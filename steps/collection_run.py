@@ -188,9 +188,9 @@ class CollectionRun:
         asked = [
             prompt
             for number in range(1, len(self.done) + 1)
-            for prompt in pd.read_parquet(self._round(number) / ASKED, columns=["prompt"])["prompt"]
+            for prompt in datasets.read_table(self._round(number) / ASKED, columns=["prompt"])["prompt"]
         ]
-        table = pd.read_parquet(datasets.folder(self.name, self.root) / "preferences.parquet")
+        table = datasets.read_table(datasets.folder(self.name, self.root) / "preferences.parquet")
         return collection.prompts_left(table, asked, self.recipe.seed)
 
     def model(self) -> Version | None:
@@ -250,8 +250,8 @@ class CollectionRun:
             seed=begun.seed,
         )
         drawn = experiment.make("sample", spec, ["preferences"]).artifact
-        samples = pd.read_parquet(drawn.path / SAMPLES)
-        asked = pd.read_parquet(place / ASKED)
+        samples = datasets.read_table(drawn.path / SAMPLES)
+        asked = datasets.read_table(place / ASKED)
         datasets.write_table(collection.candidates(asked, samples, self.how, _fits), place / CANDIDATES)
 
     def _ready(self, begun: Begun) -> Experiment:
@@ -274,7 +274,7 @@ class CollectionRun:
         """Have the answers judged and write the batch; what people have to do first, or nothing."""
         if self._batch(begun).is_file():
             return ""
-        candidates = pd.read_parquet(self._round(begun.number) / CANDIDATES)
+        candidates = datasets.read_table(self._round(begun.number) / CANDIDATES)
         if self.how.judge == "file":
             verdicts, waits = self._asked_people(begun, candidates)
             if verdicts is None:
@@ -285,9 +285,9 @@ class CollectionRun:
             label = self._label(begun)
             identity = label.facts["identity"]
             if self.how.judge in COMPARING:
-                judged, silent = collection.by_verdicts(candidates, pd.read_parquet(label.path / VERDICTS))
+                judged, silent = collection.by_verdicts(candidates, datasets.read_table(label.path / VERDICTS))
             else:
-                judged, silent = collection.by_scores(pd.read_parquet(label.path / SCORES)), 0
+                judged, silent = collection.by_scores(datasets.read_table(label.path / SCORES)), 0
         pairs, ties = collection.pairs_of(judged, self.how.pairs)
         found = Round(
             number=begun.number,

@@ -10,7 +10,7 @@ import pandas as pd
 from steps.artifact import MANIFEST, Facts, digest_file
 from steps.collection import SAMPLES, SCORES, VERDICTS, duels
 from steps.config import Evaluate, Sampling
-from steps.datasets import write_table
+from steps.datasets import read_table, write_table
 from steps.judges import Comparison, GoldJudge, RewardJudge, ScoringJudge, make_judge, usage_facts
 from steps.models import ADAPTER, load_policy, load_tokenizer
 from steps.paths import Var
@@ -40,7 +40,7 @@ def draw_answers(
         policy: folder that holds the weights.
         asked: table of prompt.
     """
-    prompts = list(pd.read_parquet(asked, columns=["prompt"])["prompt"])
+    prompts = list(read_table(asked, columns=["prompt"])["prompt"])
     each = [prompt for prompt in prompts for _ in range(per_prompt)]
     after = asked_after(policy / ADAPTER)
     model, tokenizer = load_policy(base, dtype, policy / ADAPTER), load_tokenizer(base)
@@ -75,7 +75,7 @@ def score_answers(
         base, reward: for the judge `reward`, which is what policies are given: an ensemble less its uncertainty.
         gold: for the judge `gold`, table of answer, score.
     """
-    table = pd.read_parquet(candidates)
+    table = read_table(candidates)
     tracker.progress("judging", 0, len(table))
     by: ScoringJudge
     if judge == "gold":
@@ -100,7 +100,7 @@ def compare_answers(evaluate: Evaluate, *, candidates: Path, seed: int, out: Pat
         evaluate: its judge is `llm`.
         candidates: table of prompt, answer, own.
     """
-    table = duels(pd.read_parquet(candidates))
+    table = duels(read_table(candidates))
     tracker.progress("judging", 0, len(table))
     judge = make_judge(evaluate, gold=None, reward_scores=None, reward_identity="", verdicts=Var().folder("verdicts"))
     said = judge.compare([Comparison(*row) for row in table[["prompt", "first", "second"]].itertuples(index=False)])

@@ -13,6 +13,7 @@ import pandas as pd
 
 from steps.artifact import Artifact
 from steps.config import Recipe, assigned
+from steps.datasets import read_table
 from steps.errors import RecipeError, did_you_mean
 from steps.statistics import holm, pooled, sign_test
 from steps.trainer_fields import REFERENCE_FREE
@@ -317,4 +318,4 @@ def _label(group: Group) -> str:
 
 def verdicts_in(completions: Path) -> pd.DataFrame:
     """An evaluation's verdicts against the start: prompt, over_start."""
-    return pd.read_parquet(completions, columns=["prompt", "over_start"])
+    return read_table(completions, columns=["prompt", "over_start"])

@@ -184,6 +184,15 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
     draft.replace(path)
 
 
+def read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """A Parquet table, or some of its columns; one that is replaced meanwhile is read whole, as it was."""
+    import pandas as pd
+
+    # Given a path, pyarrow opens the file once for its schema and once more for its rows.
+    with path.open("rb") as file:
+        return pd.read_parquet(file, columns=columns)
+
+
 def write_metrics(values: dict[str, Any], path: Path) -> None:
     """Write a small JSON file that `dvc metrics diff` understands, all at once."""
     write_text(json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n", path)

@@ -21,6 +21,7 @@ from steps.best_of_n import answers_drawn, curve
 from steps.classifier import load_classifier
 from steps.config import Evaluate
 from steps.contest import CHAMPION, HUMAN, POLICY, START, Contest, Contestant, Scores
+from steps.datasets import read_table
 from steps.divergence import divergence
 from steps.intervals import bootstrap_interval
 from steps.judge_validation import validate
@@ -83,7 +84,7 @@ def evaluate_policy(
         DataError: fewer held-out prompts than the recipe asks for.
     """
     asked = held_out_prompts(prompts, evaluate.prompts)
-    human = pd.read_parquet(preferences)
+    human = read_table(preferences)
     human = human[human["part"] == "held_out"]
     tokenizer, proxy = load_tokenizer(base), RewardModel(base, dtype, reward / ADAPTER)
     scores: dict[str, Scores] = {REWARD: proxy.careful_scores}  # by which the best of n is picked

@@ -23,6 +23,7 @@ from sklearn.pipeline import make_pipeline, make_union
 
 from steps.artifact import digest_json
 from steps.config import Evaluate
+from steps.datasets import read_table
 from steps.errors import PrefloopError, RecipeError
 from steps.statistics import pair_accuracy
 
@@ -184,7 +185,7 @@ class GoldJudge(ScoringJudge):
         Raises:
             RecipeError: the table is empty.
         """
-        ratings = pd.read_parquet(gold, columns=["answer", "score"])
+        ratings = read_table(gold, columns=["answer", "score"])
         if ratings.empty:
             raise _lacks(cls.name, "human ratings no step learns from", "leave some of the data for gold")
         return cls(list(ratings["answer"]), list(ratings["score"]), tie_width)

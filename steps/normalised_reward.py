@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pandas as pd
-
 from steps.artifact import Facts
 from steps.baseline import ANSWERS
 from steps.config import Lora, Reward
+from steps.datasets import read_table
 from steps.reward import Side, train_reward
 from steps.tracking import Tracker
 
@@ -38,6 +37,6 @@ def train_normalised_reward(
 
 def start_answers(baseline: Path) -> list[Side]:
     """Prompts and the start's answers to them, at the first of its temperatures."""
-    table = pd.read_parquet(baseline / ANSWERS, columns=["temperature", "prompt", "answer"])
+    table = read_table(baseline / ANSWERS, columns=["temperature", "prompt", "answer"])
     table = table[table["temperature"] == table["temperature"].iloc[0]]
     return list(zip(table["prompt"], table["answer"], strict=True))

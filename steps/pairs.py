@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 from datasets import Dataset
 
+from steps.datasets import read_table
 from steps.errors import DataError
 from steps.sections import Pairs
 from steps.training import even_batches
@@ -23,7 +24,7 @@ def fitting_pairs(preferences: Path, config: Pairs) -> tuple[pd.DataFrame, pd.Da
     Raises:
         DataError: nothing is left to train on, or nothing is held out.
     """
-    table = pd.read_parquet(preferences)
+    table = read_table(preferences)
     table["length"] = table[["chosen", "rejected"]].map(len).max(axis=1)
     fit = (table["part"] == "train") & ~(table["margin"] < config.min_margin)  # a pair without a margin fits
     if config.max_chars is not None:
@@ -65,7 +66,7 @@ def held_out_pairs(preferences: Path, count: int) -> pd.DataFrame:
     Raises:
         DataError: there is none.
     """
-    return _held_out(pd.read_parquet(preferences), preferences)[COLUMNS].head(count)
+    return _held_out(read_table(preferences), preferences)[COLUMNS].head(count)
 
 
 def _held_out(table: pd.DataFrame, where: Path) -> pd.DataFrame:

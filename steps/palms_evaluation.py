@@ -20,6 +20,7 @@ from steps.artifact import COMPLETIONS, NEXT_ROUND, Facts, digest_json
 from steps.classifier import load_classifier
 from steps.config import Evaluate, Topics
 from steps.contest import CHAMPION, HUMAN, POLICY, START, Contest
+from steps.datasets import read_table
 from steps.errors import PrefloopError, RecipeError
 from steps.evaluate import EVALUATION, about_answers, contestants, moved, rates
 from steps.judge_validation import validate
@@ -60,7 +61,7 @@ def evaluate_topics(
     settings = evaluate.topics or Topics()  # type: ignore[call-arg]
     known = palms.read_topics(topics)
     asked = palms.read_probes(probes, known)
-    learnt = pd.read_parquet(demonstrations, columns=["prompt", "completion"])
+    learnt = read_table(demonstrations, columns=["prompt", "completion"])
     palms.check_apart(asked, learnt.to_numpy().ravel())
     judge = judge_of(evaluate, known, asked, classifier, out)
     report = validate(judge, palms.trials(asked), evaluate.confidence)

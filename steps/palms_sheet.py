@@ -20,6 +20,7 @@ import pandas as pd
 from steps import palms
 from steps.artifact import COMPLETIONS, digest_json
 from steps.blind import Problem, as_csv, key_of, named_files, rater_rows
+from steps.datasets import read_table
 from steps.errors import DataError
 from steps.palms import AFTER, BEFORE, Topic, TopicScore
 
@@ -73,7 +74,7 @@ def export(evaluation: Path, out: Path, keys: Path, *, seed: int = 0) -> Sheet:
             "the file is there already, perhaps with somebody's ratings", where=str(out), then="name another"
         )
     topics = palms.read_topics(evaluation / palms.TOPICS)
-    table = pd.read_parquet(evaluation / COMPLETIONS)
+    table = read_table(evaluation / COMPLETIONS)
     rows = [
         {"topic": topic, "prompt": prompt, "answer": answer, "whose": whose, "draw": draw}
         for whose in (BEFORE, AFTER)

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from steps.datasets import read_table
 from steps.policy_config import RELATIVES
 
 if TYPE_CHECKING:
@@ -232,9 +233,7 @@ def plain_table(*titles: str, right: Sequence[str] = ()) -> Table:
 
 def examples(completions: Path, count: int = EXAMPLES) -> list[dict[str, str]]:
     """The first prompts with the answers before and after; not picked."""
-    import pandas as pd
-
-    return pd.read_parquet(completions, columns=["prompt", "start", "policy"]).head(count).to_dict("records")
+    return read_table(completions, columns=["prompt", "start", "policy"]).head(count).to_dict("records")
 
 
 def print_report(

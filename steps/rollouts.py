@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from datasets import Dataset
 from peft import PeftModel, load_peft_weights
@@ -18,6 +17,7 @@ from trl.trainer.utils import RepeatSampler
 
 from steps.artifact import Facts
 from steps.backbone import Rows, Scorer, load_adapter, merged
+from steps.datasets import read_table
 from steps.errors import DataError, StepFailed
 from steps.frozen_layers import FrozenLayers
 from steps.implicit_rewards import HeldOut
@@ -228,7 +228,7 @@ def prompts_of(preferences: Path, at_least: int) -> list[str]:
     Raises:
         DataError: there is none.
     """
-    table = pd.read_parquet(preferences, columns=["prompt", "part"])
+    table = read_table(preferences, columns=["prompt", "part"])
     found = list(dict.fromkeys(table.loc[table["part"] == "train", "prompt"]))
     if not found:
         raise DataError("there are no prompts to answer", where=str(preferences), then="add data, or change the split")

@@ -17,6 +17,7 @@ from steps import registry, tracking, versions
 from steps.artifact import digest_file
 from steps.changes import IDS, PLACE, read
 from steps.data_lineage import WORK_TREE, revisions
+from steps.datasets import read_table
 from steps.errors import DataError, PrefloopError
 from steps.evidence import Evidence
 from steps.pipeline import TABLES
@@ -258,7 +259,7 @@ def _sightings(tables: _Tables, wanted: set[str]) -> Iterator[Sighting]:
             continue
         frame = read(path, [*IDS])
         ids = list(frame.columns)
-        frame = frame if ids else pd.read_parquet(path)
+        frame = frame if ids else read_table(path)
         rows = _by_id(frame, ids, wanted) if ids else texts.find(frame, dataset, table)
         if rows:
             yield Sighting(dataset, table, md5, tables.of[dataset, table, md5], rows, "row_id" if ids else "content")
@@ -342,7 +343,7 @@ def _step_saw(record: Record, sightings: Sequence[Sighting], tables: _Tables) ->
             continue
         path = tables.path(seen.dataset, seen.table, seen.md5)
         assert path is not None
-        uses = used(step, seen.table, pd.read_parquet(path), record.params)
+        uses = used(step, seen.table, read_table(path), record.params)
         rows: dict[str, list[str]] = {}
         for row, lines in seen.rows.items():
             for use in sorted({uses[line] for line in lines}):

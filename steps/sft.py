@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pandas as pd
 from datasets import Dataset
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
@@ -12,6 +11,7 @@ from trl.trainer import sft_trainer
 
 from steps.artifact import Facts
 from steps.config import SFT, Lora
+from steps.datasets import read_table
 from steps.lm_head import labelled_lm_head
 from steps.models import MASTER, checkpoint_files, load_policy, load_tokenizer, lora_config, save_weights
 from steps.tracking import Tracker
@@ -31,7 +31,7 @@ def train_sft(
         lora: the adapters that are trained; None trains every weight.
         demonstrations: table of prompt, completion.
     """
-    rows = pd.read_parquet(demonstrations)[["prompt", "completion"]].head(sft.rows)
+    rows = read_table(demonstrations)[["prompt", "completion"]].head(sft.rows)
     set_seed(seed)
     model = load_policy(base, dtype if lora else MASTER)
     with labelled_lm_head(sft_trainer):

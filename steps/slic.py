@@ -18,6 +18,7 @@ from datasets import Dataset
 from steps.artifact import Facts
 from steps.backbone import answer_tokens
 from steps.config import Sampling
+from steps.datasets import read_table
 from steps.errors import DataError
 from steps.models import ADAPTER, load_policy, load_tokenizer
 from steps.pair_methods import TARGET, learn
@@ -67,7 +68,7 @@ def tune_on_ranked_samples(
         found = draw_candidates(relative, dtype, preferences=preferences, reward=reward, **_given(step))
         found.to_parquet(kept.with_suffix(".partial"), index=False)
         kept.with_suffix(".partial").rename(kept)
-    candidates = pd.read_parquet(kept)
+    candidates = read_table(kept)
     pairs = best_against_others(candidates).head(relative.pairs)
     if pairs.empty:
         raise DataError(
@@ -154,7 +155,7 @@ def with_targets(train: Dataset, relative: Relative, demonstrations: Path, base:
     """
     if relative.loss["target"] == "chosen" or not relative.loss["lam"]:
         return train
-    table = pd.read_parquet(demonstrations)
+    table = read_table(demonstrations)
     if table.empty:
         raise DataError(
             "there are no demonstrations to hold on to",

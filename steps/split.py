@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from steps.datasets import Dataset, Split, dataset, folder, write_metrics, write_table
+from steps.datasets import Dataset, Split, dataset, folder, read_table, write_metrics, write_table
 from steps.errors import DataError, PrefloopError
 from steps.rows import hashes
 
@@ -344,13 +344,13 @@ def _without_leaks(parts: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 def main(name: str) -> None:
     entry = dataset(name)
     valid = folder(name) / "valid.parquet"
-    tables = split(pd.read_parquet(valid, columns=[*COLUMNS, *({"topic"} & set(entry.columns))]), entry)
+    tables = split(read_table(valid, columns=[*COLUMNS, *({"topic"} & set(entry.columns))]), entry)
     for table, frame in tables.items():
         write_table(frame, folder(name) / f"{table}.parquet")
     pairs = tables["preferences"]
     counts = {table: len(frame) for table, frame in tables.items()}
     counts |= {f"preferences_{part}": int((pairs["part"] == part).sum()) for part in USES}
-    counts["ties"] = int(pd.read_parquet(valid, columns=["tie"])["tie"].fillna(False).sum())
+    counts["ties"] = int(read_table(valid, columns=["tie"])["tie"].fillna(False).sum())
     rated = pairs["agreement"].dropna()
     ceiling = {"agreement": round(float(rated.mean()), 4)} if len(rated) else {}
     write_metrics({**counts, **ceiling}, folder(name) / "split.json")

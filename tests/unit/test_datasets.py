@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from steps.datasets import Source, dataset, names, write_metrics, write_table
+from steps.datasets import Source, dataset, names, read_table, write_metrics, write_table
 from steps.errors import DataError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -124,6 +125,17 @@ def test_the_same_rows_are_the_same_bytes_whatever_their_index(tmp_path: Path) -
     again = pd.read_parquet(tmp_path / "one")
     assert list(again["a"].fillna("-")) == ["x", "-", "ü"]
     assert [list(values) for values in again["c"]] == [[1.0], [], [2.0, 3.0]]
+
+
+def test_a_table_that_is_replaced_while_it_is_read_is_read_whole(tmp_path: Path) -> None:
+    sizes, path = (10, 1000), tmp_path / "rows.parquet"
+    frames = [pd.DataFrame({"prompt": [f"prompt {row}" for row in range(size)]}) for size in sizes]
+    write_table(frames[0], path)
+    with ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(lambda: [write_table(frames[turn % 2], path) for turn in range(400)])
+        seen = {len(read_table(path)) for _ in iter(writing.done, True)}
+    assert writing.exception() is None
+    assert seen == set(sizes)
 
 
 def test_metrics_are_sorted_json_with_a_last_newline(tmp_path: Path) -> None:
