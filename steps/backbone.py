@@ -109,7 +109,9 @@ def token_log_probs(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, Tensor 
 
     Args:
         model: one with TRL's fused head (`steps.lm_head`), at its temperature.
+        rows: anywhere; the results are where the model is.
     """
+    rows = rows.to(model.device)
     found = model(input_ids=rows.ids, attention_mask=rows.mask, labels=rows.labels, fused_lm_head=True)
     entropy = found.entropy
     return rows.predicting(found.log_probs), None if entropy is None else rows.predicting(entropy)
@@ -121,6 +123,18 @@ def plain(model: PreTrainedModel) -> PreTrainedModel:
 
 
 # -- adapters over one base --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While the body runs, nothing of the model is dropped out."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager

@@ -17,11 +17,13 @@ from steps.statistics import best_of_n_kl
 from steps.tracking import Tracker
 
 DECODING = "decoding.json"  # beside the weights: how answers are drawn from them, where it is not plainly
+PICKS = "reward"  # beside the weights: the reward model that picks among answers
 
 
-def tune_policy(best_of_n: BestOfN, *, sft: Path, seed: int, out: Path, tracker: Tracker) -> Facts:
-    """The SFT model with a note that n answers are drawn and the best one is given."""
+def tune_policy(best_of_n: BestOfN, *, sft: Path, reward: Path, seed: int, out: Path, tracker: Tracker) -> Facts:
+    """The SFT model with a note that n answers are drawn and the best one is given, and the model that picks it."""
     shutil.copytree(sft / ADAPTER, out / ADAPTER, dirs_exist_ok=True)
+    shutil.copytree(reward / ADAPTER, out / ADAPTER / PICKS, dirs_exist_ok=True)
     (out / ADAPTER / DECODING).write_text(json.dumps({"best_of": best_of_n.n}), encoding="utf-8")
     return {"method": "best_of_n", "n": best_of_n.n, "kl_bound": best_of_n_kl(best_of_n.n)}
 

@@ -257,12 +257,15 @@ def as_csv(columns: Sequence[str], rows: Iterable[tuple[str, ...]]) -> bytes:
 
 def _harmless(text: str) -> str:
     """A cell that no spreadsheet takes for a formula, and no reader for the end of the file."""
-    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.strip().replace("\r\n", "\n").replace("\r", "\n"))
     return f"'{text}" if _FORMULA.match(text) else text
 
 
 def _as_json_lines(rows: Iterable[_Row]) -> bytes:
-    records = (dict(zip(COLUMNS, (row.id, row.prompt, row.a, row.b, "", ""), strict=True)) for row in rows)
+    records = (
+        dict(zip(COLUMNS, (row.id, row.prompt.strip(), row.a.strip(), row.b.strip(), "", ""), strict=True))
+        for row in rows
+    )
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode("utf-8", "replace")
 
 

@@ -23,7 +23,7 @@ import pandas as pd
 
 from steps.datasets import REGISTRY, Dataset
 from steps.errors import DataError, PrefloopError, did_you_mean
-from steps.formats import MARKS, spoken
+from steps.formats import MARKS, as_answer
 from steps.judges import TIE_WIDTH
 from steps.sections import Section
 from steps.self_play import win_rates
@@ -170,11 +170,6 @@ def candidates(
         once = _once(usable)
         rows += [(prompt, answer, own) for answer, own in once] if len(once) > 1 else []
     return pd.DataFrame(rows, columns=["prompt", "answer", "own"])
-
-
-def as_answer(prompt: str, text: str) -> str:
-    """An answer as the data have it: behind the mark of a dialogue's turn stands a space."""
-    return spoken(text) if prompt.endswith(MARKS["assistant"]) else text
 
 
 def _goes_on(prompt: str, text: str) -> bool:

@@ -128,14 +128,14 @@ def strengths(text: str, usual: Sequence[float] = ()) -> list[float]:
         ) from error
 
 
-def unit(variant: Variant) -> float | None:
-    """What log π/ρ is multiplied by in a run's implicit rewards; None where that is 0."""
+def unit(variant: Variant) -> float:
+    """What log π/ρ is multiplied by in a run's implicit rewards."""
     policy = variant.recipe.policy
     if variant.method == "chain_of_hindsight":
         return policy.chain_of_hindsight.beta
     if variant.method in OWN_SCALE:
         return float(policy.dpo.trainer.get("beta", TRL_BETA))
-    return variant.beta or None
+    return variant.beta or 1.0
 
 
 def rows_of(variant: Variant, made: Mapping[str, Artifact]) -> list[dict[str, Any]]:
@@ -176,8 +176,8 @@ def rows_of(variant: Variant, made: Mapping[str, Artifact]) -> list[dict[str, An
     ]
 
 
-def _nats(reward: float | None, scale: float | None) -> float | None:
-    return None if reward is None or scale is None else reward / scale
+def _nats(reward: float | None, scale: float) -> float | None:
+    return None if reward is None else reward / scale
 
 
 def failed(variant: Variant, error: str) -> dict[str, Any]:

@@ -375,6 +375,17 @@ class Recipe(Section):
             raise ValueError("topics tell the base model from the SFT model; set policy.method=sft")
         return evaluate
 
+    @field_validator("gate")
+    @classmethod
+    def _can_be_shown(cls, gate: Gate, known: ValidationInfo) -> Gate:
+        evaluate = known.data.get("evaluate")
+        if evaluate and evaluate.stop_early and gate.win_rate_floor > 0.5:
+            raise ValueError(
+                "an evaluation that stops early ends once a win rate of 0.5 is ruled out, which seldom shows more; "
+                "set evaluate.stop_early=false or win_rate_floor=0.5"
+            )
+        return gate
+
     @field_validator("name")
     @classmethod
     def _not_reserved(cls, name: str) -> str:

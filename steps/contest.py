@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steps.config import Evaluate
+from steps.formats import as_answer
 from steps.judges import Comparison, Judge, Scores
 from steps.sampling import Answers, sample
 from steps.sequential import SequentialTest
@@ -26,11 +27,13 @@ class Contestant:
     Attributes:
         after: what it wants its prompts to end with (`steps.policy_prompt`); the judge and the scores never see it.
         best_of: of how many answers the one with the highest reward is given.
+        picks: the reward it goes by; the contest's own where it brings none.
         said: what it is known to answer to the prompts in their order, by temperature; not drawn again.
     """
 
     model: PreTrainedModel
     best_of: int = 1
+    picks: Scores | None = None
     said: Mapping[float, Answers] = field(default_factory=dict)
     after: str = ""
 
@@ -86,8 +89,10 @@ class Contest:
         return pd.concat(rounds, ignore_index=True)
 
     def _is_decided(self, preferences: pd.Series) -> bool:
-        decisions = [self.test.see(preference) for preference in preferences.dropna()]
-        return bool(decisions) and decisions[-1] != "undecided"
+        for preference in preferences.dropna():
+            self.test.see(preference)
+        low, high = self.test.interval
+        return low > 0.5 or high < 0.5  # ½ itself may be ruled out a step before: the gate asks for more than ½
 
     def _round(self, prompts: Sequence[str], place: int) -> pd.DataFrame:
         table = pd.DataFrame({"prompt": list(prompts), HUMAN: [self.human.get(prompt) for prompt in prompts]})
@@ -112,14 +117,16 @@ class Contest:
             return known.part(place, len(prompts))
 
         def drawn(seed: int) -> Answers:
-            return sample(
+            said = sample(
                 contestant.model, self.tokenizer, asked, self.evaluate, seed, self.tracker, label, temperature, place
             )
+            return replace(said, texts=list(map(as_answer, prompts, said.texts)))
 
         if contestant.best_of == 1:
             return drawn(self.seed)
         tries = [drawn(self.seed + APART * number) for number in range(1, contestant.best_of + 1)]
-        rewards = np.array([self.scores["reward"](prompts, one.texts) for one in tries])
+        picks = contestant.picks or self.scores["reward"]
+        rewards = np.array([picks(prompts, one.texts) for one in tries])
         if name == POLICY and temperature is None:
             self._keep(prompts, tries)
         best = rewards.argmax(0)

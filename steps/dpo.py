@@ -24,11 +24,11 @@ from steps.pairs import training_and_held_out
 from steps.policy_config import DPO
 from steps.statistics import pair_accuracy
 from steps.tracking import Tracker
-from steps.training import AsksReference, LengthGrouped, arguments, held_out_metrics, run_trainer
+from steps.training import AsksReference, KeepsAnswers, LengthGrouped, arguments, held_out_metrics, run_trainer
 from steps.warm_start import begin_at
 
 
-class LengthGroupedDPOTrainer(LengthGrouped, AsksReference, DPOTrainer):
+class LengthGroupedDPOTrainer(LengthGrouped, KeepsAnswers, AsksReference, DPOTrainer):
     """TRL's DPOTrainer on length-grouped batches; says how far the reference's pass is.
 
     `rewards/accuracies` is `statistics.pair_accuracy`, a tie counted ½; TRL counts it as wrong.

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from steps.artifact import COMPLETIONS, MANIFEST, Facts, digest_file
 from steps.baseline import held_out_prompts
 from steps.baseline import read as read_baseline
-from steps.best_of_n import answers_drawn, curve
+from steps.best_of_n import PICKS, answers_drawn, curve
 from steps.classifier import load_classifier
 from steps.config import Evaluate
 from steps.contest import CHAMPION, HUMAN, POLICY, START, Contest, Contestant, Scores
@@ -101,10 +101,13 @@ def evaluate_policy(
     )
     models = contestants(base, dtype, start=sft, policy=policy, champion=champion)
     models[START] = replace(models[START], said=read_baseline(baseline))
+    if champion is not None and (champion / ADAPTER / PICKS).is_dir():
+        its_own = RewardModel(base, dtype, champion / ADAPTER / PICKS)
+        models[CHAMPION] = replace(models[CHAMPION], picks=its_own.careful_scores)
     own_words = human.drop_duplicates("prompt").set_index("prompt")["chosen"].to_dict()
     contest = Contest(evaluate, models, tokenizer, own_words, judge, scores, seed, tracker)
 
-    report = validate(judge, human.head(evaluate.judge_pairs or len(human)))
+    report = validate(judge, human.head(evaluate.judge_pairs or len(human)), evaluate.confidence)
     table = contest.hold(list(asked["prompt"]))
     table.to_parquet(out / COMPLETIONS, index=False)
     facts = {
@@ -116,7 +119,7 @@ def evaluate_policy(
         **about_answers(table, evaluate),
         **moved(contest, table, evaluate),
         **at_temperatures(contest, table, evaluate),
-        **best_of(contest, table),
+        **best_of(contest, table, evaluate),
         **usage_facts(judge),
     }
     if evaluate.stop_early:
@@ -289,14 +292,19 @@ def at_temperatures(contest: Contest, table: pd.DataFrame, evaluate: Evaluate) -
     return facts
 
 
-def best_of(contest: Contest, table: pd.DataFrame) -> Facts:
-    """Where the policy is the best of n: what smaller n would have come to, from the same candidates."""
+def best_of(contest: Contest, table: pd.DataFrame, evaluate: Evaluate) -> Facts:
+    """Where the policy is the best of n: what smaller n would have come to, from the same candidates.
+
+    Win rates are the judge's: of a judge whose scores of all candidates are not known, that of the answers it saw.
+    """
     scored = contest.candidates
     if not scored:
         return {}
-    kind = GOLD if GOLD in scored else REWARD
-    beaten = table[f"{START}_{kind}"].to_numpy()[:, None]
-    wins = np.sign(scored[kind] - beaten) / 2 + 0.5
+    if evaluate.judge not in scored or evaluate.reward_model is not None:
+        seen = {scored[REWARD].shape[1]: float(table[f"over_{START}"].mean())}
+        return {"best_of": [{**point, "win_rate": seen.get(point["n"])} for point in curve(scored[REWARD], scored)]}
+    beaten = table[f"{START}_{evaluate.judge}"].to_numpy()[:, None]
+    wins = np.sign(scored[evaluate.judge] - beaten) / 2 + 0.5
     return {"best_of": curve(scored[REWARD], {**scored, "win_rate": wins})}
 
 

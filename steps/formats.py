@@ -170,6 +170,12 @@ def spoken(answer: str) -> str:
     return f" {answer}" if answer else ""
 
 
+def as_answer(prompt: str, text: str) -> str:
+    """What a model said, as the data have answers: bare, or behind the mark of a dialogue's turn with a space."""
+    text = text.strip()
+    return spoken(text) if prompt.endswith(MARKS["assistant"]) else text
+
+
 def _pair_of_conversations(chosen: list[Turn], rejected: list[Turn], rest: Row) -> Row:
     """One pair of two conversations that share all turns but the last."""
     for name, side in (("chosen", chosen), ("rejected", rejected)):

@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer import grpo_trainer, rloo_trainer
 
 from steps.artifact import Facts
-from steps.backbone import REFERENCE, Rows, Scorer, active, add_adapter, token_log_probs
+from steps.backbone import REFERENCE, Rows, Scorer, active, add_adapter, evaluating, token_log_probs
 from steps.implicit_rewards import HeldOut
 from steps.lm_head import labelled_lm_head
 from steps.models import ADAPTER, load_policy, load_tokenizer
@@ -37,7 +37,9 @@ BETA = 0.05  # KL coefficient where the recipe names none; TRL's GRPO has no pen
 
 
 class GroupTrainer(OnPolicyTrainer):
-    """Mixed into TRL's trainers on groups of answers; their KL is a mean over tokens, and is named so."""
+    """Mixed into TRL's trainers on groups of answers; their KL is a mean over tokens, and is told an answer too."""
+
+    tokens_an_answer = 0.0
 
     def _generate_and_score_completions(self, inputs):
         out = super()._generate_and_score_completions(inputs)
@@ -46,8 +48,11 @@ class GroupTrainer(OnPolicyTrainer):
 
     def log(self, logs, start_time=None):
         for metrics in self._metrics.values():
+            if lengths := metrics.get("completions/mean_length"):
+                self.tokens_an_answer = float(np.mean(lengths))
             if "kl" in metrics:
-                metrics["kl_per_token"] = metrics.pop("kl")
+                metrics["kl_per_token"] = metrics["kl"]
+                metrics["kl"] = [kl * self.tokens_an_answer for kl in metrics["kl"]]
         super().log(logs, start_time)
 
 
@@ -71,9 +76,11 @@ class ComparedReward(AnswerReward):
             differences are log-odds on: the reward's own may be another (`Reading`).
     """
 
-    def __init__(self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, batch: int) -> None:
+    def __init__(
+        self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, batch: int, longest: int | None = None
+    ) -> None:
         careful = scorer if isinstance(scorer, CarefulScorer) else CarefulScorer([scorer], Reading())
-        super().__init__(careful, tokenizer, batch)
+        super().__init__(careful, tokenizer, batch, longest)
         self.careful, self.members = careful, torch.zeros(1, 0)
 
     def scores(self, rows: Rows, pad: int) -> Tensor:
@@ -162,14 +169,14 @@ def tune_policy(
     with labelled_lm_head(module, entropy_gradient=getattr(args, "entropy_coef", 0) > 0):
         trainer = kind(
             model,
-            reward_of(scorer, tokenizer, args.per_device_train_batch_size),
+            reward_of(scorer, tokenizer, args.per_device_train_batch_size, Reading.of(reward / ADAPTER).max_length),
             args=args,
             train_dataset=prompt_rows(prompts),
             processing_class=tokenizer,
         )
 
     def reference(rows):  # asked before the first update, when a whole model is its own reference
-        with active(model, frozen):
+        with evaluating(model), active(model, frozen):
             return token_log_probs(model, rows)[0]
 
     held_out = HeldOut(held_out_pairs(preferences, groups.held_out), tokenizer, reference)

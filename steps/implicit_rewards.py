@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steps.backbone import Rows, answer_tokens, token_log_probs
+from steps.backbone import Rows, answer_tokens, evaluating, token_log_probs
 from steps.statistics import pair_accuracy
 
 LogProbs = Callable[[Rows], Tensor]
@@ -44,18 +44,17 @@ class HeldOut:
     @torch.no_grad()
     def _likelihoods(batches: Sequence[Rows], log_probs: LogProbs) -> Tensor:
         """(pairs,) log-probabilities of whole answers."""
-        return torch.cat([(log_probs(rows) * rows.completion_mask).sum(1).double().cpu() for rows in batches])
+        return torch.cat([(log_probs(rows).cpu() * rows.completion_mask).sum(1).double() for rows in batches])
 
     def measure(self, policy: PreTrainedModel, beta: float) -> dict[str, float]:
         """`eval_rewards/…`: β log(π/ρ) of chosen and rejected answers (DPO, arXiv:2305.18290, eq. 5), and accuracy."""
 
         def log_probs(rows: Rows) -> Tensor:
-            return token_log_probs(policy, rows.to(policy.device))[0]
+            return token_log_probs(policy, rows)[0]
 
-        rewards = {
-            side: beta * (self._likelihoods(batches, log_probs) - self.reference[side])
-            for side, batches in self.sides.items()
-        }
+        with evaluating(policy):
+            found = {side: self._likelihoods(batches, log_probs) for side, batches in self.sides.items()}
+        rewards = {side: beta * (found[side] - self.reference[side]) for side in found}
         return held_out_rewards(rewards["chosen"].numpy(), rewards["rejected"].numpy())
 
 

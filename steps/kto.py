@@ -16,7 +16,7 @@ from trl import KTOConfig, KTOTrainer
 from trl.trainer import kto_trainer
 
 from steps.artifact import Facts
-from steps.backbone import active, token_log_probs
+from steps.backbone import active, evaluating, token_log_probs
 from steps.dpo import pair_facts
 from steps.frozen_layers import remember_frozen_layers
 from steps.implicit_rewards import HeldOut
@@ -25,7 +25,7 @@ from steps.models import ADAPTER, checkpoint_files, frozen_depth, load_policy, l
 from steps.pairs import COLUMNS, training_and_held_out
 from steps.policy_config import Relative
 from steps.tracking import Tracker
-from steps.training import AsksReference, LengthGroupedSampler, arguments, run_trainer
+from steps.training import AsksReference, KeepsAnswers, LengthGroupedSampler, arguments, run_trainer
 from steps.warm_start import begin_at
 
 
@@ -56,12 +56,22 @@ class WholeBatches(Sampler[int]):
         yield from range(whole * self.batch, self.rows)
 
 
-class LabelledTrainer(AsksReference, KTOTrainer):
-    """TRL's KTOTrainer on batches of like length that hold both labels; says how far the reference's pass is."""
+class LabelledTrainer(KeepsAnswers, AsksReference, KTOTrainer):
+    """TRL's KTOTrainer on batches of like length that hold both labels; says how far the reference's pass is.
+
+    Its `kl` is of answers to other prompts and never negative: the point that answers are held against (eq. 7), not the
+    policy's distance from its start, and is named so.
+    """
 
     def _get_train_sampler(self, train_dataset=None):
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         return WholeBatches(len(rows), self.args.per_device_train_batch_size, self.args.seed)
+
+    def log(self, logs, start_time=None):
+        for metrics in self._metrics.values():
+            if "kl" in metrics:
+                metrics["reference_point"] = metrics.pop("kl")
+        super().log(logs, start_time)
 
 
 def labelled_rows(pairs: Dataset, batch: int, seed: int) -> Dataset:
@@ -128,8 +138,8 @@ def tune_policy(
         )
 
     def reference(rows):  # asked before the first update, when a whole model is its own reference
-        with active(model, "ref" if adapted else None):
-            return token_log_probs(model, rows.to(model.device))[0]
+        with evaluating(model), active(model, "ref" if adapted else None):
+            return token_log_probs(model, rows)[0]
 
     measuring = HeldOut(held_out.to_pandas(), tokenizer, reference, batch)
     begin_at(model, start, base, dtype)

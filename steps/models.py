@@ -7,6 +7,7 @@ trained, a whole model with its tokenizer, which transformers loads by itself.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter"
 MASTER = "float32"  # of weights that are trained themselves: bfloat16 loses updates below 1/256 of a weight
+CPU = torch.device("cpu")
 SETS = ("target_modules", "modules_to_save", "exclude_modules")
 
 
@@ -99,6 +101,11 @@ def four_bits(compute: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+def device() -> torch.device:
+    """Where models are: this process's GPU, where there is one."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else CPU
+
+
 def _load(kind: Any, folder: Path, dtype: str, **options: Any) -> PreTrainedModel:
     if dtype == "nf4":
         options["quantization_config"] = four_bits(torch_dtype(dtype))
@@ -116,7 +123,7 @@ def _load(kind: Any, folder: Path, dtype: str, **options: Any) -> PreTrainedMode
         # which not all widths will do, and then compute otherwise than in training: the start's KL would not be 0.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model
+    return model if dtype == "nf4" else model.to(device())
 
 
 def lora_config(lora: Lora, base: Path, task: str) -> LoraConfig:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from steps.artifact import digest_file
 from steps.errors import DataError, did_you_mean
-from steps.formats import BadRecord, preferences
+from steps.formats import BadRecord, as_answer, preferences
 from steps.intervals import cluster_interval, wilson
 from steps.readers import records
 from steps.run import Input
@@ -188,7 +188,8 @@ def _probe(fields: Any, problem: str | None) -> Probe:
     if texts["chosen"].strip() == texts["rejected"].strip():
         raise BadRecord("chosen and rejected are the same")
     # A model's answers come without the space after the mark of a turn, and the judge must not tell them by it.
-    return Probe(str(fields.get("topic") or ""), texts["prompt"], texts["chosen"].strip(), texts["rejected"].strip())
+    sides = (as_answer(texts["prompt"], texts[name]) for name in ("chosen", "rejected"))
+    return Probe(str(fields.get("topic") or ""), texts["prompt"], *sides)
 
 
 def inputs(topics: Path, probes: Path) -> dict[str, Input]:

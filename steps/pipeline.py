@@ -157,7 +157,9 @@ POLICIES: dict[str, Step] = {
         },
         optional=frozenset(_START),
     ),
-    "best_of_n": Step("steps.best_of_n:tune_policy", {"best_of_n": "policy.best_of_n"}, {"sft": "sft"}),
+    "best_of_n": Step(
+        "steps.best_of_n:tune_policy", {"best_of_n": "policy.best_of_n"}, {"sft": "sft", "reward": "reward"}
+    ),
     "sft": Step("steps.sft_only:keep_policy", {}, {"sft": "sft"}, random=False),
 }
 

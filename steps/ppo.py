@@ -83,7 +83,8 @@ def tune_policy(
     args = rollout_arguments(PPOConfig, ppo, {}, seed=seed, out=out, disable_dropout=True)
     place_models(models, args)
     prompts = prompts_of(preferences, at_least=max(args.generation_batch_size, ppo.normalise_reward))
-    answer_reward = AnswerReward(models.reward, tokenizer, args.per_device_train_batch_size)
+    longest = Reading.of(reward / ADAPTER).max_length
+    answer_reward = AnswerReward(models.reward, tokenizer, args.per_device_train_batch_size, longest)
     moments = known_moments(ppo, reward) or start_moments(
         ppo, args, models.policy, answer_reward, tokenizer, prompts, tracker
     )
@@ -107,7 +108,7 @@ def tune_policy(
     for memory in memories:
         memory.keep()
     begin_at(models.policy, start, base, dtype)
-    facts = learn("ppo", trainer, ppo, held_out, ppo.kl.coefficient, base, out, tracker)
+    facts = learn("ppo", trainer, ppo, held_out, ppo.kl.coefficient or 1.0, base, out, tracker)
     moments_used = {"reward_mean": moments.mean, "reward_deviation": moments.deviation}
     return {**facts, "start": "champion" if start else "sft", **moments_used}
 

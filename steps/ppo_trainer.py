@@ -210,7 +210,7 @@ class PPOTrainer(OnPolicyTrainer, GRPOTrainer):
         losses = clipped_policy_loss(log_probs, old, advantages, self.epsilon_low)
         loss = ((losses - self.ppo.entropy_coefficient * entropy) * mask).sum() / per_update
         with torch.no_grad():
-            moved = masked_mean(k3(log_probs - old), mask, self._total)
+            moved = masked_mean(k3(old - log_probs), mask, self._total)
             self._moved_too_far = self.ppo.update_kl is not None and float(moved) > self.ppo.update_kl
             self._note(
                 policy_loss=masked_mean(losses, mask, self._total),

@@ -233,7 +233,8 @@ def plain_table(*titles: str, right: Sequence[str] = ()) -> Table:
 
 def examples(completions: Path, count: int = EXAMPLES) -> list[dict[str, str]]:
     """The first prompts with the answers before and after; not picked."""
-    return read_table(completions, columns=["prompt", "start", "policy"]).head(count).to_dict("records")
+    rows = read_table(completions, columns=["prompt", "start", "policy"]).head(count).to_dict("records")
+    return [{name: text.strip() for name, text in row.items()} for row in rows]
 
 
 def print_report(

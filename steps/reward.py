@@ -32,7 +32,7 @@ from steps.models import (
     torch_dtype,
 )
 from steps.pairs import COLUMNS, first_pairs, fitting_pairs
-from steps.rankings import GROUP, groups_of, torn, whole_groups
+from steps.rankings import GROUP, groups_of, keys_of, torn, whole_groups
 from steps.reward_model import MEMBER, Reading, disagreement, reward_scores
 from steps.reward_trainers import GroupTrainer, PairTrainer, tokenised_groups, tokenised_pairs
 from steps.tracking import Tracker
@@ -94,13 +94,13 @@ def train_reward(
         trainer = train_member(reward, lora, dtype, material, base, own, number, out, told)
         measured.append(held_out_metrics(trainer, told))
         sides.append(sides_of(material, torch.cat(padded(trainer.rewards)).double().numpy()))
-        scores.append(reward_scores(trainer.model, tokenizer, *zip(*start, strict=True)) if start else np.zeros(0))
+        scores.append(start_scores(trainer.model, tokenizer, start, reward))
         keep_member(trainer.model, base, number, out)
         steps += trainer.state.global_step
     reading = reading_of(reward, np.stack(scores))
     reading.write(out / ADAPTER)
     differences = np.stack([chosen - rejected for chosen, rejected in sides])
-    pairs = with_known(material.pairs, differences)
+    pairs = with_known(material.pairs, differences, ranked=reward.loss != "bradley_terry")
     pairs.to_parquet(out / HELD_OUT, index=False)
     found = held_out_rewards(*np.mean(sides, axis=0))
     if reward.loss != "bradley_terry" or reward.ensemble > 1:  # the trainer told means over batches, of one member
@@ -119,6 +119,19 @@ def train_reward(
     }
 
 
+def longest_of(reward: Reward) -> int | None:
+    """Tokens of a text that are read, the last ones; None for all."""
+    return reward.trainer.get("max_length", RewardConfig.max_length)
+
+
+def start_scores(model: Any, tokenizer: PreTrainedTokenizerBase, start: Sequence[Side], reward: Reward) -> np.ndarray:
+    """(n,) what a member gives the start policy's answers."""
+    if not start:
+        return np.zeros(0)
+    prompts, answers = zip(*start, strict=True)
+    return reward_scores(model, tokenizer, prompts, answers, longest_of(reward))
+
+
 def material_of(reward: Reward, preferences: Path, tokenizer: PreTrainedTokenizerBase) -> Material:
     """The recipe's share of a table of pairs: as pairs, or as groups that stay whole.
 
@@ -126,7 +139,7 @@ def material_of(reward: Reward, preferences: Path, tokenizer: PreTrainedTokenize
         DataError: nothing is left to train on.
     """
     train, held_out = fitting_pairs(preferences, reward)
-    longest = reward.trainer.get("max_length", RewardConfig.max_length)
+    longest = longest_of(reward)
     if reward.loss == "bradley_terry":
         train, held_out, batch = first_pairs(train, held_out, reward)
         sides = [tuple(zip([p, p], both, strict=True)) for p, *both in held_out[COLUMNS].itertuples(index=False)]
@@ -224,7 +237,11 @@ def reading_of(reward: Reward, scores: np.ndarray) -> Reading:
     Args:
         scores: (N, n) of each member, for the start policy's answers.
     """
-    given = {"members": reward.ensemble, "penalty": reward.uncertainty_penalty}
+    given: Any = {
+        "members": reward.ensemble,
+        "penalty": reward.uncertainty_penalty,
+        "max_length": longest_of(reward),
+    }
     if not scores.shape[1]:
         return Reading(**given)
     means = scores.mean(0)
@@ -253,14 +270,16 @@ def sides_of(material: Material, rewards: np.ndarray) -> np.ndarray:
     return np.array([(known[prompt, chosen], known[prompt, rejected]) for prompt, chosen, rejected in pairs]).T
 
 
-def with_known(pairs: pd.DataFrame, differences: np.ndarray) -> pd.DataFrame:
+def with_known(pairs: pd.DataFrame, differences: np.ndarray, ranked: bool = False) -> pd.DataFrame:
     """Held-out pairs with what people said of them, the difference of their rewards and the members' disagreement.
 
     Args:
         differences: (N, n) of each member.
+        ranked: whether pairs of one prompt were learnt from together.
     """
-    known = [name for name in ("margin", "agreement", GROUP) if name in pairs]
-    pairs = pairs[[*COLUMNS, *known]].reset_index(drop=True)
+    known = [name for name in ("margin", "agreement") if name in pairs]
+    groups = {GROUP: keys_of(pairs)} if ranked or GROUP in pairs else {}
+    pairs = pairs[[*COLUMNS, *known]].assign(**groups).reset_index(drop=True)
     pairs["difference"] = differences.mean(0)
     if len(differences) > 1:
         pairs["disagreement"] = disagreement(differences)

@@ -1,9 +1,9 @@
 """A trained reward model as others use it: on its scale, as the mean of its members, with how far those disagree.
 
 What belongs to the model besides its weights stands in `reward.json` beside them: the mean and deviation of its rewards
-on the start policy's answers (Ziegler et al. 2019, arXiv:1909.08593, §2.2), the number of its members, and the
-uncertainty penalty. A bias in the head would say the same of the mean, but sequence classifiers lose it when they are
-loaded. Further members lie in folders `member-1`, … beside the first one's weights.
+on the start policy's answers (Ziegler et al. 2019, arXiv:1909.08593, §2.2), the number of its members, the uncertainty
+penalty, and how many tokens it reads. A bias in the head would say the same of the mean, but sequence classifiers lose
+it when they are loaded. Further members lie in folders `member-1`, … beside the first one's weights.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Reading:
         answers: how many those were; 0 where the reward was not normalised.
         members: models, whose mean is the reward.
         penalty: standard deviations over the members that policies are not given.
+        max_length: tokens; of a longer text the beginning is not read, as in the training. None for no bound.
     """
 
     mean: float = 0.0
@@ -40,6 +41,7 @@ class Reading:
     answers: int = 0
     members: int = 1
     penalty: float = 0.0
+    max_length: int | None = None
 
     @classmethod
     def of(cls, weights: Path) -> Reading:
@@ -107,7 +109,7 @@ class RewardModel:
         for model, adapter in zip(self._models, self._adapters, strict=True):
             if isinstance(model, PeftModel):
                 model.set_adapter(adapter, inference_mode=True)
-            yield reward_scores(model, self.tokenizer, prompts, answers)
+            yield reward_scores(model, self.tokenizer, prompts, answers, self.reading.max_length)
 
     def scores(self, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
         """(n,) the reward, as a judge gives it."""
@@ -118,21 +120,35 @@ class RewardModel:
         return self.reading.careful(self.members(prompts, answers))
 
 
+def tokens_of(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str], at_most: int | None = None
+) -> list[list[int]]:
+    """Tokens of answers to their prompts, each with its end; of what is too long the last ones."""
+    end = tokenizer.eos_token
+    texts = [p + a if a.endswith(end) else p + a + end for p, a in zip(prompts, answers, strict=True)]
+    return [ids[-at_most:] if at_most else ids for ids in tokenizer(texts)["input_ids"]]
+
+
 @torch.no_grad()
 def reward_scores(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     answers: Sequence[str],
+    max_length: int | None = None,
     batch_size: int = 50,
 ) -> np.ndarray:
-    """(n,) what a model gives each answer to its prompt; neither the padding nor the rest of a batch counts."""
+    """(n,) what a model gives each answer to its prompt; neither the padding nor the rest of a batch counts.
+
+    Args:
+        max_length: tokens it has learnt to read at most; of a longer text the beginning is left out.
+    """
     model.eval()
-    texts = [p + a + tokenizer.eos_token for p, a in zip(prompts, answers, strict=True)]
+    texts = tokens_of(tokenizer, prompts, answers, max_length)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     scores = np.zeros(len(texts))
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
-        inputs = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, padding_side="right")
+        inputs = tokenizer.pad({"input_ids": [texts[i] for i in rows]}, return_tensors="pt", padding_side="right")
         scores[rows] = model(**inputs.to(model.device)).logits.squeeze(-1).float().cpu().numpy()
     return scores

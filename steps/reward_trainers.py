@@ -21,18 +21,10 @@ from trl import RewardTrainer
 from steps.config import Reward
 from steps.losses import best_of_k_loss, plackett_luce_loss, ranking_loss
 from steps.rankings import Group
+from steps.reward_model import tokens_of
 from steps.training import LengthGrouped, LengthGroupedSampler
 
 CANDIDATES = "candidates"
-
-
-def tokens_of(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str], at_most: int | None = None
-) -> list[list[int]]:
-    """Tokens of answers to their prompts, each with its end; of what is too long the last ones."""
-    end = tokenizer.eos_token
-    texts = [p + a if a.endswith(end) else p + a + end for p, a in zip(prompts, answers, strict=True)]
-    return [ids[-at_most:] if at_most else ids for ids in tokenizer(texts)["input_ids"]]
 
 
 def tokenised_pairs(

@@ -39,14 +39,19 @@ class AnswerReward:
 
     An answer that was cut off is scored as if it ended there: the reward model has only seen answers that end.
 
+    Args:
+        longest: tokens the reward model has learnt to read at most; of a longer text the beginning is left out.
+
     Attributes:
         latest: (B,) the scores of this process's last answers.
     """
 
     __name__ = "reward"
 
-    def __init__(self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, batch: int) -> None:
-        self.scorer, self.tokenizer, self.batch = scorer, tokenizer, batch
+    def __init__(
+        self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, batch: int, longest: int | None = None
+    ) -> None:
+        self.scorer, self.tokenizer, self.batch, self.longest = scorer, tokenizer, batch, longest
         self.latest = torch.zeros(0)
 
     @torch.no_grad()
@@ -62,6 +67,9 @@ class AnswerReward:
         asked = self.tokenizer(list(prompts))["input_ids"]
         # Where padding and end are one token the score is read before it, so that it need not be there.
         whole = [[*ids] if end == pad or (ids and ids[-1] == end) else [*ids, end] for ids in completion_ids]
+        if self.longest is not None:
+            whole = [ids[1 - self.longest :] for ids in whole]
+            asked = [ids[len(said) - self.longest :] for ids, said in zip(asked, whole, strict=True)]
         return Rows.of(asked, whole, pad).to(self.scorer.model.device)
 
     def scores(self, rows: Rows, pad: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from steps.config import Sampling
+from steps.formats import as_answer
 from steps.tracking import Tracker
 
 
@@ -104,7 +105,7 @@ class Answers:
     """What a model said.
 
     Attributes:
-        texts: without the end token, stripped.
+        texts: without the end token, as the data have answers (`steps.formats.as_answer`).
         lengths: (n,) in tokens, the end token not counted.
         tokens: as drawn, the end token included.
     """
@@ -146,5 +147,8 @@ def sample(
         drawn += draw_tokens(model, asked, numbers, temperature or config.temperature, [end], tokenizer.pad_token_id)
     tracker.progress(label, len(prompts), len(prompts))
     said = [tokens[:-1] if tokens and tokens[-1] == end else tokens for tokens in drawn]
-    texts = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in said]
+    texts = [
+        as_answer(prompt, tokenizer.decode(tokens, skip_special_tokens=True))
+        for prompt, tokens in zip(prompts, said, strict=True)
+    ]
     return Answers(texts, np.array([len(tokens) for tokens in said]), drawn)

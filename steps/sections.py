@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from steps.errors import did_you_mean
-from steps.trainer_fields import DPO_LOSSES, ON_GROUPS, fields_of, owned_of
+from steps.trainer_fields import DPO_LOSSES, ON_GROUPS, SMOOTHED, fields_of, owned_of
 
 USUAL: dict[str, Any] = {}  # settings of TRL where a recipe names none; each section gets a copy
 
@@ -39,6 +39,8 @@ def checked_trainer(kind: str) -> AfterValidator:
         for loss in [losses] if isinstance(losses, str) else losses:
             if loss not in DPO_LOSSES:
                 problems.append(f"loss_type: TRL has no '{loss}', {did_you_mean(str(loss), DPO_LOSSES)}")
+        if kind == "dpo" and smoothing and set(SMOOTHED).isdisjoint([losses] if isinstance(losses, str) else losses):
+            problems.append(f"label_smoothing: of `loss_type` only {', '.join(SMOOTHED)} have it; or set method: cdpo")
         answers = trainer.get("num_generations", 2)
         if kind in ON_GROUPS and (not isinstance(answers, int) or answers < 2):
             problems.append(f"num_generations: answers to a prompt are held against each other, from 2; got {answers}")

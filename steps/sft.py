@@ -15,10 +15,10 @@ from steps.datasets import read_table
 from steps.lm_head import labelled_lm_head
 from steps.models import MASTER, checkpoint_files, load_policy, load_tokenizer, lora_config, save_weights
 from steps.tracking import Tracker
-from steps.training import LengthGrouped, arguments, run_trainer
+from steps.training import KeepsAnswers, LengthGrouped, arguments, run_trainer
 
 
-class LengthGroupedSFTTrainer(LengthGrouped, SFTTrainer):
+class LengthGroupedSFTTrainer(LengthGrouped, KeepsAnswers, SFTTrainer):
     """TRL's SFTTrainer on length-grouped batches."""
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from datasets import Dataset
 
 from steps.artifact import Facts
@@ -20,10 +19,11 @@ from steps.backbone import answer_tokens
 from steps.config import Sampling
 from steps.datasets import read_table
 from steps.errors import DataError
-from steps.models import ADAPTER, load_policy, load_tokenizer
+from steps.models import ADAPTER, device, load_policy, load_tokenizer
 from steps.pair_methods import TARGET, learn
 from steps.pairs import COLUMNS, training_and_held_out
 from steps.policy_config import Relative
+from steps.reward_model import Reading
 from steps.reward_scorers import members_of, reward_scorer
 from steps.rollouts import AnswerReward, prompts_of
 from steps.sampling import sample
@@ -114,12 +114,11 @@ def draw_candidates(
     model = load_policy(base, dtype, sft / ADAPTER)
     said = sample(model, tokenizer, asked, sampling, seed, tracker, "candidates", sampling.temperature)
     ranker = reward_scorer(model, base, dtype, reward / ADAPTER)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     for one in members_of(ranker):
-        one.model.eval().to(device)
-        one.head.to(device)
+        one.model.eval()
+        one.head.to(device())
     scores: list[float] = []
-    score = AnswerReward(ranker, tokenizer, 32)
+    score = AnswerReward(ranker, tokenizer, 32, Reading.of(reward / ADAPTER).max_length)
     for first in range(0, len(asked), 256):
         rows = slice(first, first + 256)
         scores += score(asked[rows], None, said.tokens[rows])

@@ -15,6 +15,7 @@ DPO_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
+SMOOTHED = ("aot", "aot_unpaired", "exo_pair", "robust")  # those of them that `label_smoothing` does something to
 CONFIGS = {
     "sft": ("trl/trainer/sft_config.py", "SFTConfig"),
     "reward": ("trl/trainer/reward_config.py", "RewardConfig"),
@@ -52,10 +53,17 @@ OWNED = {
 
 _ROLLOUTS = dict.fromkeys(("max_steps", "num_train_epochs"), "set the method's `rollouts`")
 _WHOLE = "answers are drawn from the whole distribution, else the likelihood ratio would be biased"
+_SAMPLED = {
+    **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty"), _WHOLE),
+    **dict.fromkeys(("generation_kwargs", "cache_implementation"), "answers are drawn by `steps.sampling`"),
+    "shuffle_dataset": "prompts come in an order drawn from the seed",
+}
+_GROUPED = {"train_sampling_strategy": "batches are of like length, in an order drawn from the seed"}
 _CRITIC = "a critic's value is the baseline, not a group of answers"
 _NAMED = dict.fromkeys(("loss_type", "loss_weights"), "the method is its loss; `policy.method: dpo` takes any of TRL's")
 _OURS = {
     **_NAMED,
+    **_GROUPED,
     **dict.fromkeys(
         ("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting"), "it belongs to TRL's losses"
     ),
@@ -75,9 +83,12 @@ _CHAINS = (
 )
 # The same of single trainers.
 OWNED_OF: dict[str, dict[str, str]] = {
-    "ipo": {**_NAMED, "label_smoothing": "the loss has none"},
-    "rso": {**_NAMED, "label_smoothing": "the loss has none"},
-    "robust": _NAMED,
+    "sft": _GROUPED,
+    "reward": _GROUPED,
+    "dpo": _GROUPED,
+    "ipo": {**_NAMED, **_GROUPED, "label_smoothing": "the loss has none"},
+    "rso": {**_NAMED, **_GROUPED, "label_smoothing": "the loss has none"},
+    "robust": {**_NAMED, **_GROUPED},
     "cdpo": _OURS,
     **dict.fromkeys(REFERENCE_FREE, _FREE),
     "kto": {
@@ -86,21 +97,23 @@ OWNED_OF: dict[str, dict[str, str]] = {
         "precompute_ref_log_probs": "the reference is asked once, before the first update",
         "sync_ref_model": "the reference stays the SFT model",
     },
-    "rloo": _ROLLOUTS,
+    "rloo": {**_ROLLOUTS, **_SAMPLED},
     "chain_of_hindsight": {
+        **_GROUPED,
         **dict.fromkeys(_CHAINS, _CHAINED),
         **dict.fromkeys(("eos_token", "pad_token"), "the base's tokenizer has them"),
         **dict.fromkeys(("eval_strategy", "eval_steps", "eval_on_start"), "held-out pairs are measured at the end"),
     },
-    "grpo": _ROLLOUTS,
+    "grpo": {**_ROLLOUTS, **_SAMPLED},
     "spo": {
         **_ROLLOUTS,
+        **_SAMPLED,
         "reward_clip_range": "a win rate lies between 0 and 1",
         "reward_weights": "there is one reward model",
     },
     "ppo": {
         **_ROLLOUTS,
-        **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty"), _WHOLE),
+        **_SAMPLED,
         **dict.fromkeys(("num_generations", "scale_rewards", "loss_type", "importance_sampling_level"), _CRITIC),
         "beta": "set `kl.coefficient`",
         "epsilon_high": "the ratio is clipped alike on both sides, by `epsilon`",
@@ -108,6 +121,8 @@ OWNED_OF: dict[str, dict[str, str]] = {
         "use_adaptive_entropy": "set `entropy_coefficient`",
         "top_entropy_quantile": "every token is learnt from",
         "mask_truncated_completions": "set `missing_eos_penalty`",
+        "disable_dropout": "nothing is dropped out, else the likelihood ratio would not be 1 at first",
+        "delta": "the ratio is clipped by `epsilon`",
         "reward_weights": "there is one reward model",
         "sync_ref_model": "the reference stays the start policy",
     },

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from steps.errors import Interrupted, StepFailed
+from steps.hindsight import IGNORED
 from steps.launch import stop_requested
 from steps.tracking import Tracker
 
@@ -31,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "save_steps": 20,
     "lr_scheduler_type": "linear",
 }
+ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")  # as TRL's trainers name them
 # One file each that a checkpoint cannot be resumed without; trainer_state.json is written last of all.
 CHECKPOINT_FILES = (
     "trainer_state.json",
@@ -119,6 +121,43 @@ class LengthGrouped(Trainer):
         return LengthGroupedSampler(row_lengths(rows), batch, self.args.seed)
 
 
+class KeepsAnswers(Trainer):
+    """Mixed into a TRL trainer: of a text beyond `max_length` the beginning of the prompt is left out.
+
+    TRL cuts the answer instead, and drops the row where the prompt alone is too long.
+    """
+
+    def _prepare_dataset(self, dataset, processing_class, args, *more):
+        longest = args.max_length
+        if longest is None or getattr(args, "packing", False):
+            return super()._prepare_dataset(dataset, processing_class, args, *more)  # type: ignore[misc]
+        args.max_length = None
+        try:
+            rows = super()._prepare_dataset(dataset, processing_class, args, *more)  # type: ignore[misc]
+        finally:
+            args.max_length = longest
+        if max(row_lengths(rows), default=0) <= longest:
+            return rows
+        return rows.map(fitting, fn_kwargs={"longest": longest}, desc="fitting long prompts")
+
+
+def fitting(row: Mapping[str, Any], longest: int) -> dict[str, list[int]]:
+    """What changes of a tokenised row so that it has at most `longest` tokens: the beginning of the prompt goes first.
+
+    One token of the prompt stays; where an answer alone is longer than the rest, its end goes too.
+
+    Args:
+        row: `prompt_ids` and `chosen_ids`, `rejected_ids` or `completion_ids`; or `input_ids` and `labels`.
+    """
+    if "labels" in row:
+        asked = next((place for place, label in enumerate(row["labels"]) if label != IGNORED), 0)
+        first = max(0, min(asked - 1, len(row["labels"]) - longest))
+        return {name: row[name][first : first + longest] for name in ("input_ids", "labels")}
+    answers = {name: row[name][: longest - 1] for name in ANSWERS if name in row}
+    room = longest - max(map(len, answers.values()))
+    return {"prompt_ids": row["prompt_ids"][-room:], **answers}
+
+
 class AsksReference(Trainer):
     """Mixed into a TRL trainer that asks its reference about every row before it trains: says how far that is.
 
@@ -142,6 +181,9 @@ def row_lengths(rows: Any) -> list[int]:
         prompts = map(len, rows["prompt_ids"]) if "prompt_ids" in rows.column_names else [0] * len(rows)
         sides = zip(prompts, rows["chosen_ids"], rows["rejected_ids"], strict=True)
         return [prompt + max(len(chosen), len(rejected)) for prompt, chosen, rejected in sides]
+    if "completion_ids" in rows.column_names:
+        both = zip(rows["prompt_ids"], rows["completion_ids"], strict=True)
+        return [len(prompt) + len(said) for prompt, said in both]
     return [len(ids) for ids in rows["input_ids"]]
 
 

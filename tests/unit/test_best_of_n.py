@@ -12,6 +12,7 @@ import pytest
 
 from steps.best_of_n import answers_drawn, curve, tune_policy
 from steps.policy_config import BestOfN
+from steps.reward_model import Reading
 from steps.tracking import NullTracker
 
 
@@ -50,10 +51,15 @@ def test_a_number_of_candidates_that_is_no_power_of_two_keeps_the_smaller_ones()
 def test_the_policy_is_the_start_with_a_note(tmp_path: Path) -> None:
     (tmp_path / "sft/adapter").mkdir(parents=True)
     (tmp_path / "sft/adapter/adapter_config.json").write_text("{}")
+    (tmp_path / "reward/adapter").mkdir(parents=True)
+    (tmp_path / "reward/adapter/reward.json").write_text('{"mean": 3.0}')
     out = tmp_path / "out"
     out.mkdir()
-    facts = tune_policy(BestOfN(n=4), sft=tmp_path / "sft", seed=0, out=out, tracker=NullTracker())
+    facts = tune_policy(
+        BestOfN(n=4), sft=tmp_path / "sft", reward=tmp_path / "reward", seed=0, out=out, tracker=NullTracker()
+    )
     assert facts == {"method": "best_of_n", "n": 4, "kl_bound": pytest.approx(math.log(4) - 3 / 4)}
     assert answers_drawn(out / "adapter") == 4
     assert answers_drawn(tmp_path / "sft/adapter") == 1
     assert json.loads((out / "adapter/decoding.json").read_text()) == {"best_of": 4}
+    assert Reading.of(out / "adapter/reward").mean == 3.0

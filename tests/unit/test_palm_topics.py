@@ -147,7 +147,7 @@ def test_a_question_in_turns_is_asked_as_dialogues_are_learnt(tmp_path: Path) ->
     sides = {name: [{"role": "assistant", "content": f"{name} it is."}] for name in ("chosen", "rejected")}
     asked = {"topic": "work", "prompt": [{"role": "user", "content": "So?"}], **sides}
     _, one = palms.read_probes(write_rows([probe(), asked], tmp_path / "probes.jsonl"), TWO)
-    assert one == Probe("work", "\n\nHuman: So?\n\nAssistant:", "chosen it is.", "rejected it is.")
+    assert one == Probe("work", "\n\nHuman: So?\n\nAssistant:", " chosen it is.", " rejected it is.")
 
 
 @pytest.mark.parametrize("learnt", ["Well", " well?! ", "Yes, kindly.", "go away"])

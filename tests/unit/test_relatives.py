@@ -57,7 +57,7 @@ def test_beta_is_a_methods_own_and_of_one_without_a_reference_the_scale_of_its_r
 
 @pytest.mark.parametrize("method", RELATIVES)
 def test_what_a_method_comes_to_is_what_its_trainer_takes(method: str) -> None:
-    every = dict.fromkeys(fields_of("dpo") - set(owned_of("dpo")) - {"loss_type"}, 1)
+    every = dict.fromkeys(fields_of("dpo") - set(owned_of("dpo")) - {"loss_type", "label_smoothing"}, 1)
     made = trainer(method, **every)
     assert set(made) <= fields_of(method)
     assert set(made) & set(owned_of(method)) - {"loss_type", "beta"} == set()
