@@ -117,7 +117,9 @@ def test_a_policy_that_fools_its_reward_model_fails_the_gate(run: Run, monkeypat
     def letters(answers: Sequence[str]) -> np.ndarray:
         return np.array([sum(letter < "M" for letter in answer) for answer in answers], float)
 
-    monkeypatch.setattr(reward_model, "reward_scores", lambda model, tokenizer, prompts, answers: letters(answers))
+    monkeypatch.setattr(
+        reward_model, "reward_scores", lambda model, tokenizer, prompts, answers, at_most: letters(answers)
+    )
     monkeypatch.setattr(GoldJudge, "score", lambda self, prompts, answers=None: -letters(answers or prompts))
     settings = ["policy.method=best_of_n", "policy.best_of_n.n=8", "gate.win_rate_floor=0"]
     facts, _ = run("evaluate", *settings)

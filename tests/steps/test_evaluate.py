@@ -127,7 +127,9 @@ def test_an_evaluation_that_may_end_early_does_once_it_is_decided(run: Run, monk
     def letters(answers: list[str]) -> np.ndarray:
         return np.array([sum(letter < "M" for letter in answer) for answer in answers], float)
 
-    monkeypatch.setattr(reward_model, "reward_scores", lambda model, tokenizer, prompts, answers: letters(answers))
+    monkeypatch.setattr(
+        reward_model, "reward_scores", lambda model, tokenizer, prompts, answers, at_most: letters(answers)
+    )
     monkeypatch.setattr(GoldJudge, "score", lambda self, prompts, answers=None: -letters(answers or prompts))
     monkeypatch.setattr(GoldJudge, "identity", "letters")
     best = ["policy.method=best_of_n", "policy.best_of_n.n=8", "evaluate.prompts=25", "evaluate.batch_size=5"]

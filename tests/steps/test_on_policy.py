@@ -17,12 +17,13 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from trl import RLOOTrainer
 
 from steps import group_policy, ppo
-from steps.backbone import Rows, add_adapter, token_log_probs
+from steps.backbone import Rows, add_adapter, evaluating, token_log_probs
 from steps.config import load
 from steps.implicit_rewards import HeldOut
 from steps.lm_head import add_labelled_lm_head
@@ -70,6 +71,21 @@ def test_a_method_leaves_an_adapter_facts_and_curves(finished: Path, tmp_path: P
     assert {"reward", "entropy", "completion_length", "eval_rewards/accuracies", "eval_rewards/chosen"} <= set(found)
     assert len(found["reward"]) == facts["rollouts"]
     assert [name for name in found if "completions/" in name] == []
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_the_distance_is_told_in_nats_an_answer_which_is_what_its_alarm_reads(
+    finished: Path, tmp_path: Path, method: str
+) -> None:
+    tuned(finished, tmp_path, method, "float32", f"policy.{method}.trainer.beta=0.1")
+    found = {name: [value for _, value in points] for name, points in curves(tmp_path).items()}
+    tokens = [kl / each for kl, each in zip(found["kl"][1:], found["kl_per_token"][1:], strict=True)]
+    assert tokens == pytest.approx(found["completion_length"][1:])
+
+
+def test_without_a_penalty_the_implicit_rewards_are_told_in_nats(finished: Path, tmp_path: Path) -> None:
+    facts = tuned(finished, tmp_path, "ppo", "float32", "policy.ppo.kl.coefficient=0")
+    assert facts["eval_rewards/margins"] != 0
 
 
 def test_ppo_reports_what_its_users_look_for(finished: Path, tmp_path: Path) -> None:
@@ -230,6 +246,19 @@ def test_implicit_rewards_of_the_start_are_nought(finished: Path) -> None:
         "eval_rewards/margins": 0.0,
         "eval_rewards/accuracies": 0.5,
     }
+
+
+def test_implicit_rewards_are_measured_with_nothing_dropped_out(finished: Path) -> None:
+    given = inputs(finished)
+    base = load_policy(given["base"], "float32")
+    model = get_peft_model(base, LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj"], init_lora_weights=False))
+    add_labelled_lm_head(model.get_base_model(), outputs=("log_probs", "entropy"))
+    model.train()
+    pairs = pd.read_parquet(given["preferences"]).head(9)
+    with torch.no_grad(), evaluating(model):
+        held_out = HeldOut(pairs, load_tokenizer(given["base"]), lambda rows: token_log_probs(model, rows)[0])
+    assert held_out.measure(model, 1.0)["eval_rewards/margins"] == 0.0
+    assert model.training and all(module.training for module in model.modules() if isinstance(module, nn.Dropout))
 
 
 def test_an_answers_likelihood_is_that_of_its_tokens_and_its_end(finished: Path) -> None:

@@ -305,3 +305,30 @@ def test_batches_stay_whole_and_come_in_another_order_each_epoch() -> None:
     assert list(sampler) == first
     sampler.set_epoch(1)
     assert list(sampler) != first
+
+
+@pytest.mark.parametrize("method", ["ipo", "simpo", "kto"])
+def test_a_prompt_that_is_too_long_costs_no_pair_and_no_answer(
+    given: dict[str, Path], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL would leave out a row whose prompt alone fills `max_length`, and cut the answers of the others."""
+    table = pd.read_parquet(given["data/preferences"])
+    long = tmp_path / "long.parquet"
+    table.assign(prompt="and so on " * 5 + table["prompt"]).to_parquet(long)
+    module, seen = importlib.import_module("steps.kto" if method == "kto" else "steps.dpo"), []
+
+    def caught(trainer: Any, tracker: Any) -> None:
+        seen.append(trainer.train_dataset)
+        raise Interrupted("seen enough")
+
+    monkeypatch.setattr(module, "run_trainer", caught)
+    longest = 48
+    with pytest.raises(Interrupted):
+        tuned(given, tmp_path, method, f"policy.dpo.trainer.max_length={longest}", **{"data/preferences": long})
+    (rows,) = seen
+    pairs = training_and_held_out(long, load(given["recipe"], [f"policy.method={method}"]).policy.relative)[0]
+    assert len(rows) == len(pairs) * (2 if method == "kto" else 1)
+    sides = ("completion_ids",) if method == "kto" else ("chosen_ids", "rejected_ids")
+    end = load_tokenizer(given["base"]).eos_token_id
+    assert {row[side][-1] for row in rows for side in sides} == {end}
+    assert max(training.row_lengths(rows)) == longest and min(len(row["prompt_ids"]) for row in rows) > 0

@@ -22,16 +22,17 @@ from steps import reward as reward_step
 from steps.backbone import Rows, Scorer, add_adapter, linear_head
 from steps.config import Lora, Reward
 from steps.formats import hh
-from steps.models import load_policy, load_reward_model, load_tokenizer, lora_config, score_head
+from steps.models import ADAPTER, load_policy, load_reward_model, load_tokenizer, lora_config, score_head
 from steps.normalised_reward import train_normalised_reward
 from steps.policy_config import PPO
 from steps.ppo import known_moments
 from steps.ppo_trainer import Moments
 from steps.rankings import groups_of
-from steps.reward import accuracy, ensemble_facts, train_reward
+from steps.reward import accuracy, ensemble_facts, train_reward, with_known
 from steps.reward_model import Reading, RewardModel, disagreement, member_folders, reward_scores, tokens_of
 from steps.reward_scorers import CarefulScorer, careful_scorer, members_of
 from steps.reward_trainers import WholeGroups, share_right, tokenised_groups
+from steps.rollouts import AnswerReward
 from steps.tracking import NullTracker
 
 LORA = Lora(r=4, alpha=8, target_modules=("q_proj", "v_proj"), top_layers=1)
@@ -194,6 +195,29 @@ def test_what_is_too_long_loses_its_beginning_and_no_pair_is_left_out(base: Path
     for loss in ("bradley_terry", "rankings"):
         own = {**TRAINER, "max_steps": 1, "max_length": 8}
         assert train(base, ranked, tmp_path / loss, loss=loss, trainer=own, held_out=64)["held_out"] >= 60
+
+
+def test_what_is_scored_is_as_long_as_what_was_learnt(base: Path, ranked: Path, tmp_path: Path) -> None:
+    """From a text, and from tokens as a policy is given its rewards."""
+    train(base, ranked, tmp_path, trainer={**TRAINER, "max_steps": 1, "max_length": 12})
+    weights, tokenizer = tmp_path / ADAPTER, load_tokenizer(base)
+    assert Reading.of(weights).max_length == 12
+    model = RewardModel(base, "float32", weights)
+    prompts, answers = ["once upon a time 1: ", "never, or so they say 1: "], ["good", "bad"]
+    scores = model.scores(prompts, answers)
+    ends = [prompt[len(answer) + 1 - 12 :] for prompt, answer in zip(prompts, answers, strict=True)]
+    assert model.scores(ends, answers) == pytest.approx(scores, abs=1e-6)
+    assert reward_scores(load_reward_model(base, "float32", weights), tokenizer, prompts, answers)[0] != scores[0]
+    scorer = Scorer(load_reward_model(base, "float32", weights), "default", linear_head(score_head(weights)))
+    read = AnswerReward(scorer, tokenizer, 1, 12)(prompts, None, [tokenizer(text)["input_ids"] for text in answers])
+    assert read == pytest.approx(scores, abs=1e-5)
+
+
+def test_pairs_learnt_from_by_prompt_are_counted_by_prompt() -> None:
+    pairs = pd.DataFrame({"prompt": ["a", "a", "b"], "chosen": "yes", "rejected": "no"})
+    assert list(with_known(pairs, np.ones((1, 3)), ranked=True)["group"]) == ["a", "a", "b"]
+    assert "group" not in with_known(pairs, np.ones((1, 3)))
+    assert list(with_known(pairs.assign(group=[None, None, "g"]), np.ones((1, 3)))["group"]) == ["a", "a", "g"]
 
 
 def test_a_margin_of_the_table_reaches_the_loss(base: Path, ranked: Path, tmp_path: Path) -> None:

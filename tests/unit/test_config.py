@@ -171,6 +171,12 @@ def test_a_value_out_of_bounds_is_named_by_path(line: str, path: str) -> None:
     assert f"{path}:" in refusal(f"{base}\n{line}\n")
 
 
+def test_an_early_end_can_not_show_more_than_a_half() -> None:
+    early = f"{MINIMAL}evaluate: {{stop_early: true}}\n"
+    assert "evaluate.stop_early=false" in refusal(f"{early}gate: {{win_rate_floor: 0.6}}\n")
+    assert recipe(f"{early}gate: {{win_rate_floor: 0.5}}\n").evaluate.stop_early
+
+
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "3"])
 def test_a_recipe_that_is_no_mapping_is_refused(text: str) -> None:
     assert "a recipe is a mapping of sections" in refusal(text)

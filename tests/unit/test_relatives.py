@@ -83,6 +83,14 @@ def test_a_pair_is_two_rows_of_kto_so_that_a_batch_holds_the_same_pairs() -> Non
         ("kto", {"desirable_weigth": 2}, "did you mean 'desirable_weight'"),
         ("dpo", {"loss_type": ["sigmoid", "apo_zer"]}, "did you mean 'apo_zero'"),
         ("dpo", {"loss_type": "simpo"}, "TRL has no 'simpo'"),
+        ("dpo", {"label_smoothing": 0.1}, "or set method: cdpo"),
+        ("dpo", {"loss_type": ["sigmoid", "nca_pair"], "label_smoothing": 0.1}, "only aot, aot_unpaired"),
+        ("dpo", {"train_sampling_strategy": "sequential"}, "batches are of like length"),
+        ("simpo", {"train_sampling_strategy": "sequential"}, "batches are of like length"),
+        ("rloo", {"top_p": 0.9}, "drawn from the whole distribution"),
+        ("grpo", {"generation_kwargs": {"top_k": 5}}, "drawn by `steps.sampling`"),
+        ("spo", {"shuffle_dataset": False}, "an order drawn from the seed"),
+        ("ppo", {"disable_dropout": False}, "nothing is dropped out"),
     ],
 )
 def test_a_setting_that_would_do_nothing_or_something_else_is_refused(

@@ -25,6 +25,7 @@ from steps.training import (
     Reporter,
     arguments,
     even_batches,
+    fitting,
     is_whole,
     named,
     newest_whole_checkpoint,
@@ -347,3 +348,25 @@ def test_a_trainer_that_had_finished_takes_no_further_step(steps: int, tmp_path:
     straight = trained()
     assert straight[0] == steps
     assert trained() == straight
+
+
+# -- long prompts ------------------------------------------------------------------------------------------------
+
+
+def test_a_text_that_is_too_long_loses_the_beginning_of_its_prompt_first() -> None:
+    pair = {"prompt_ids": [1, 2, 3, 4, 5], "chosen_ids": [6, 7], "rejected_ids": [8, 9, 10]}
+    assert fitting(pair, 6) == {**pair, "prompt_ids": [3, 4, 5]}
+    assert fitting(pair, 8) == pair
+    labelled = {"prompt_ids": [1, 2, 3], "completion_ids": [4], "KL_completion_ids": [5, 6]}
+    assert fitting(labelled, 4) == {**labelled, "prompt_ids": [2, 3]}
+    row = {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, -100, -100, 4, 5]}
+    assert fitting(row, 3) == {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}
+
+
+def test_an_answer_that_is_too_long_by_itself_keeps_its_beginning_behind_one_token() -> None:
+    pair = {"prompt_ids": [1, 2], "chosen_ids": [3, 4, 5, 6], "rejected_ids": [7]}
+    assert fitting(pair, 3) == {"prompt_ids": [2], "chosen_ids": [3, 4], "rejected_ids": [7]}
+    row = {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, -100, 3, 4, 5]}
+    assert fitting(row, 3) == {"input_ids": [2, 3, 4], "labels": [-100, 3, 4]}
+    whole = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}  # every token is learnt: as TRL cuts it
+    assert fitting(whole, 2) == {"input_ids": [1, 2], "labels": [1, 2]}
