@@ -180,10 +180,11 @@ class GroupTrainer(LengthGrouped, RewardTrainer):
         if not len(row):
             return
         chosen, rejected = rewards[row, better], rewards[row, worse]
-        metrics["accuracy"].append(share_right(chosen - rejected))
-        metrics["margin"].append((chosen - rejected).mean().item())
-        metrics["rewards/chosen"].append(chosen.mean().item())
-        metrics["rewards/rejected"].append(rejected.mean().item())
+        # Pair by pair: groups have few pairs or many, so a mean of batch means would not be the pairs' mean.
+        metrics["accuracy"] += [share_right(difference) for difference in chosen - rejected]
+        metrics["margin"] += (chosen - rejected).tolist()
+        metrics["rewards/chosen"] += chosen.tolist()
+        metrics["rewards/rejected"] += rejected.tolist()
 
 
 def group_losses(rewards: Tensor, said: dict[str, Tensor], reward: Reward) -> Tensor:

@@ -33,7 +33,7 @@ from steps.reward_model import Reading, RewardModel, disagreement, member_folder
 from steps.reward_scorers import CarefulScorer, careful_scorer, members_of
 from steps.reward_trainers import WholeGroups, share_right, tokenised_groups
 from steps.rollouts import AnswerReward
-from steps.tracking import NullTracker
+from steps.tracking import NullTracker, Spool, curves
 
 LORA = Lora(r=4, alpha=8, target_modules=("q_proj", "v_proj"), top_layers=1)
 TRAINER = {"learning_rate": 1e-2, "per_device_train_batch_size": 4, "max_steps": 6, "save_steps": 3, "logging_steps": 2}
@@ -170,6 +170,20 @@ def test_rewards_that_are_equal_count_half_and_are_told(
     assert facts["tied_rewards"] == facts["held_out"] == 64
     assert facts["eval_loss"] == pytest.approx(math.log(2)) and facts["log_loss"] == pytest.approx(math.log(2))
     assert share_right(torch.tensor([0.0, 1.0, -1.0, 0.0])) == 0.5
+
+
+def test_the_accuracy_the_alarm_reads_is_that_of_all_pairs(base: Path, tmp_path: Path) -> None:
+    """Groups of one pair beside groups of five: no mean over batches is told on the way."""
+    table = ranked_pairs(48)
+    held_out = table["part"] == "held_out"
+    lone = table["group"].isin([f"g{number}" for number in range(40, 48)]) & table.duplicated("group")
+    table[~(held_out & lone)].to_parquet(tmp_path / "uneven.parquet")
+    told = Spool(tmp_path)
+    reward = Reward.model_validate({"loss": "rankings", "trainer": {**TRAINER, "max_steps": 1}, "held_out": 60})
+    given = {"base": base, "preferences": tmp_path / "uneven.parquet", "seed": 1, "out": tmp_path}
+    facts = train_reward(reward, LORA, "float32", **given, tracker=told)
+    values = [value for _, value in curves(tmp_path)["eval_rewards/accuracies"]]
+    assert facts["held_out"] == 48 and values == pytest.approx([facts["accuracy"]] * len(values))
 
 
 def test_an_interval_with_ties_is_narrower_than_of_as_many_wins_and_losses() -> None:
