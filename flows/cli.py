@@ -38,6 +38,8 @@ def main() -> None:
 
     atexit.register(gc.freeze)  # else the interpreter searches a hundred libraries for garbage before it ends
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a request to stop, whoever makes it
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a terminal that is closed; `nohup` ignores it
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         app()
     except Interrupted as error:

@@ -11,11 +11,14 @@ from prefect.cache_policies import NO_CACHE
 from rich.console import Console
 
 from flows.housekeeping import crash_dead_flows
+from flows.own_server import keep_apart
 from steps.config import Recipe
 from steps.errors import StepKilled
 from steps.experiment import Experiment
 from steps.paths import project_root
 from steps.ui import PAGES, mlflow_address
+
+keep_apart()
 
 # The store decides what is reused, by content; Prefect's cache would hand out results whose files are gone.
 # One tag for all: Prefect asks its server for a slot per set of tags, which takes seconds for each new set.

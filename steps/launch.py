@@ -107,8 +107,10 @@ class Process:
             status = worker.wait()
             self.close()
             return status or 1
-        except BaseException:
+        except BaseException as error:
             if child is not None:
+                if isinstance(error, KeyboardInterrupt):
+                    print("\nstopping: the step writes a checkpoint first", file=sys.stderr, flush=True)
                 end(child, worker)
             self.close()
             raise

@@ -142,6 +142,20 @@ def test_a_run_told_to_stop_leaves_a_checkpoint_too(
     assert list(partial(root, "policy").glob("checkpoints/checkpoint-*/trainer_state.json"))
 
 
+def test_an_interrupt_from_a_terminal_reaches_the_run_and_not_its_prefect_server(
+    prefloop: Forks, finished: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C goes to every process of the foreground group. The run has to tell its server how it ended."""
+    root = copy_without(finished, tmp_path / "project", "policy")
+    running = prefloop(root, "run", RECIPE, *PROCESS, *LONG)
+    running.until(lambda: training_step(root, "policy") >= 1)
+    os.killpg(os.getpgid(running.pid), signal.SIGINT)
+    said = running.failed(130)
+    assert "stopping: the step writes a checkpoint first" in said
+    assert "goes on at the newest checkpoint" in said and "server" not in said
+    prefloop.none_left()
+
+
 @pytest.mark.parametrize("victim", ["the worker", "the step it forked"])
 def test_a_step_killed_alone_is_a_failed_step_with_a_way_out(
     prefloop: Forks, finished: Path, tmp_path: Path, victim: str
