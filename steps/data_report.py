@@ -344,7 +344,8 @@ def _print_learners(out: Console, done: Forgotten) -> None:
         for command in dict.fromkeys(one.command for one in done.learners if one.learnt != "no"):
             out.print(f"  {escape(command)}", soft_wrap=True)
     else:
-        out.print("no model and no run that is known of was given them")
+        known = "no model and no run that is known of was given them"
+        out.print(f"{known}, but this could not be found out:" if done.unknown else known)
     for sentence in done.unknown:
         out.print(f"[yellow]not known[/]  {plain(sentence)}", soft_wrap=True)
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from steps import registry, tracking, versions
 from steps.artifact import digest_file
+from steps.batches import FORGOTTEN
 from steps.changes import IDS, PLACE, read
 from steps.data_lineage import WORK_TREE, revisions
 from steps.datasets import read_table
@@ -29,6 +30,7 @@ from steps.tracking import Forwarder, Record
 
 SCHEMA = "prefloop.rows/1"
 ALL_ROWS = "rows"  # the table of every row that was read, with its place
+NO_COMMIT = "no commit"  # of a table that a run read and no commit names
 CONTENT = ("prompt", "chosen", "rejected", "answer")
 TRAINED, ASKED, FITTED, MEASURED = "trained on", "asked in training", "judge fitted on", "measured on"
 UNUSED, UNCLEAR = "in the table it read, not used", "in the table it read"
@@ -117,7 +119,7 @@ class RowLineage:
 
 
 def trace(root: Path, forwarder: Forwarder, *, rows: Sequence[str] = (), file: str | None = None) -> RowLineage:
-    """Look for rows in every version of every dataset that git's history names, and for what read those versions.
+    """Look for rows in every version of every dataset that git's history or a run names, and for what read those.
 
     Args:
         rows: row ids.
@@ -128,25 +130,24 @@ def trace(root: Path, forwarder: Forwarder, *, rows: Sequence[str] = (), file: s
     """
     unknown: list[str] = []
     history = _history(root)
+    runs, problem = _runs(forwarder)
+    if problem:
+        unknown.append(problem)
     with tempfile.TemporaryDirectory() as scratch:
         tables = _Tables(history, root, Path(scratch))
+        tables.add_what_runs_read(runs)
         places = _places(tables, rows, file)
-        wanted = set(places)
-        if not wanted:
+        sightings = list(_sightings(tables, {*places, *rows}))
+        if not (places or sightings):
             raise DataError(
                 "no version of the data holds such a row" if file is None else f"no version of the data read '{file}'",
                 where=str(root / "dvc.lock"),
                 have=file or ", ".join(rows[:5]),
-                then=(tables.missing() or ["ids stand in the column row_id; `prefloop data show NAME` lists batches"])[
-                    0
-                ],
+                then=_forgotten(root, rows)
+                or next(iter(tables.missing()), "ids stand in the column row_id of the tables"),
             )
-        sightings = list(_sightings(tables, wanted))
-        runs, problem = _runs(forwarder)
-        if problem:
-            unknown.append(problem)
         steps = [saw for record in runs for saw in _step_saw(record, sightings, tables)]
-    unknown += [*tables.missing(), *_unreadable_tables(runs, tables)]
+        unknown += [*tables.missing(), *_unreadable_tables(runs, tables)]
     models = _models(steps, Evidence(root, forwarder), unknown) if not problem else []
     held = {(one.dataset, one.md5) for one in sightings}
     return RowLineage(
@@ -194,6 +195,13 @@ class _Tables:
         self._paths: dict[str, Path | None] = {}
         self._cached: dict[str, Path] | None = None
 
+    def add_what_runs_read(self, runs: Sequence[Record]) -> None:
+        """Tables of versions that were replaced before git was told about them: DVC's cache may have them still."""
+        known = {md5 for _, _, md5 in self.of}
+        for given in (given for record in runs for given in record.datasets if given["md5"] not in known):
+            dataset, _, table = str(given["name"]).partition("/")
+            self.of[dataset, table, str(given["md5"])] = [NO_COMMIT]
+
     def named(self, *names: str) -> Iterator[tuple[str, str, str]]:
         yield from (known for known in self.of if known[1] in names)
 
@@ -212,6 +220,8 @@ class _Tables:
         if (kept := self._cached.get(md5)) and digest_file(kept, "md5") == md5:
             return kept
         at = self.of[dataset, table, md5][0]
+        if at == NO_COMMIT:
+            return None
         with suppress(PrefloopError):
             revision = "" if at == WORK_TREE else at
             return versions.fetch(dataset, self.root, revision, self.scratch / md5, [here.name])[here.name]
@@ -221,7 +231,7 @@ class _Tables:
         """What could not be had, a sentence for each version."""
         lost: dict[tuple[str, str], list[str]] = {}
         for (dataset, table, md5), at in self.of.items():
-            if md5 in self._paths and self._paths[md5] is None:
+            if at[0] != NO_COMMIT and md5 in self._paths and self._paths[md5] is None:
                 lost.setdefault((dataset, at[0]), []).append(table)
         return [
             f"{dataset} of {revision[:12]}: {', '.join(tables)} can be had neither from DVC's cache nor from its remote"
@@ -245,6 +255,14 @@ def _places(tables: _Tables, rows: Sequence[str], file: str | None) -> dict[str,
             if place not in known:
                 known.append(place)
     return found
+
+
+def _forgotten(root: Path, rows: Sequence[str]) -> str:
+    """Where it is written that one of the rows was forgotten; empty where none was."""
+    for record in sorted((root / "data").glob(f"*/{FORGOTTEN}")):
+        if any(row in record.read_text(encoding="utf-8") for row in rows):
+            return f"it was forgotten: {record.relative_to(root)} says when and why"
+    return ""
 
 
 def _names(file: str) -> list[str]:
@@ -439,8 +457,8 @@ def _first_held_out(frame: pd.DataFrame, count: int | None, *, even: bool) -> An
 
 
 def _unreadable_tables(runs: Sequence[Record], tables: _Tables) -> list[str]:
-    """Steps that read a table no revision names any more: nobody can look into it."""
-    known = {md5 for _, _, md5 in tables.of}
+    """Steps that read a table that no revision names and DVC's cache has not: nobody can look into it."""
+    known = {md5 for (name, table, md5), at in tables.of.items() if at != [NO_COMMIT] or tables.path(name, table, md5)}
     lost = {
         (given["name"], given["md5"], record.tags["prefloop.step"], record.tags.get("prefloop.key", ""))
         for record in runs

@@ -285,6 +285,16 @@ def at(name: str, root: Path, revision: str = "") -> DataVersion:
     return DataVersion(name, tables, commit(root, revision) if revision else git_revision(root), counts)
 
 
+def is_committed(name: str, root: Path) -> bool:
+    """Whether git's last commit names the tables of the work tree; yes where there is no git to be told."""
+    try:
+        return outputs(name, root) == outputs(name, root, "HEAD")
+    except EnvironmentProblem:
+        return True
+    except DataError:
+        return False
+
+
 def outputs(name: str, root: Path, revision: str = "") -> dict[str, str]:
     """File in `data/NAME` → md5, of all that the stages made and DVC keeps, as `dvc.lock` has it.
 

@@ -134,6 +134,24 @@ def test_tables_that_are_gone_are_said_to_be_unknown(project: Project, tmp_path:
     assert any("can be had neither from DVC's cache nor from its remote" in said for said in found.unknown)
 
 
+def test_a_version_that_was_never_committed_is_found_in_the_cache(project: Project, tmp_path: Path) -> None:
+    """Data that was replaced before git knew of it: the run that read it knows the tables' md5s."""
+    shutil.copytree(project.root, tmp_path / "copy")
+    copy = Project(tmp_path / "copy")
+    shutil.rmtree(copy.root / ".git")
+    copy.git("init", "--quiet")
+    found = traced(copy, DEMONSTRATIONS[2])
+    assert [(model.model, model.learnt) for model in found.models] == [("models:/toy/1", "yes")]
+    (seen,) = found.sightings
+    assert (seen.table, seen.revisions) == ("demonstrations", ["no commit"])
+    shutil.rmtree(copy.root / ".dvc/cache")
+    left = traced(copy, DEMONSTRATIONS[0])
+    assert any("so whether it saw the rows is not known" in said for said in left.unknown)
+    (copy.root / "data/toy/forgotten.jsonl").write_text(f'{{"row_id": "{DEMONSTRATIONS[2]}"}}\n')
+    with pytest.raises(DataError, match=r"it was forgotten: data/toy/forgotten\.jsonl"):
+        traced(copy, DEMONSTRATIONS[2])
+
+
 def test_the_answer_in_words_fits_a_hundred_columns(project: Project) -> None:
     out = Console(width=100, file=io.StringIO())
     row_lineage.print_rows(out, traced(project, DEMONSTRATIONS[3]))
