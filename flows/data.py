@@ -25,6 +25,10 @@ def add(
     format: Annotated[
         str | None, typer.Option("--format", help="Make the dataset, with records of this format.", metavar="FORMAT")
     ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--columns", help="What your files call a field; repeatable.", metavar="FIELD=YOURS"),
+    ] = None,
 ) -> None:
     """Add files as immutable batches, run the stages, and say what changed."""
     from steps import batches
@@ -33,7 +37,7 @@ def add(
 
     root, out = project_root(), console()
     with out.status(f"{name}      ingest → validate → split"):
-        added = batches.add(name, files, root, format=format)
+        added = batches.add(name, files, root, format=format, columns=batches.columns_of(columns or ()))
     print_addition(out, added)
     _announce(added, root)
 

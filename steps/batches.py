@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from steps import datasets, drift, entries, versions
@@ -63,18 +65,41 @@ class Addition:
     forgotten: int = 0
 
 
-def add(name: str, files: Sequence[Path], root: Path, *, format: str | None = None) -> Addition:
+def columns_of(assignments: Sequence[str]) -> dict[str, str]:
+    """What files call the fields of their format, from `FIELD=YOURS`.
+
+    Raises:
+        DataError: something else.
+    """
+    columns: dict[str, str] = {}
+    for text in assignments:
+        name, _, own = text.partition("=")
+        if not (name and own):
+            raise DataError("a column is FIELD=YOURS", where="--columns", have=text, then="such as prompt=question")
+        columns[name] = own
+    return columns
+
+
+def add(
+    name: str,
+    files: Sequence[Path],
+    root: Path,
+    *,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Addition:
     """Copy files into a dataset as immutable batches, note where they came from, and run the stages.
 
     Args:
         format: makes the dataset's entry in the registry when there is none.
+        columns: what the files call the format's fields, for the entry that is made.
 
     Raises:
         DataError: a file is missing, another one of its name is there, the dataset takes no files, or the stages
             failed. Then nothing is added: files, registry, tables and `dvc.lock` are as they were.
         EnvironmentProblem: another process is working on the data.
     """
-    return _add(name, {file: file.name for file in files}, root, format=format)
+    return _add(name, {file: file.name for file in files}, root, format=format, columns=columns or {})
 
 
 def refresh(name: str, root: Path) -> tuple[versions.DataVersion, list[drift.Finding]]:
@@ -119,17 +144,26 @@ def _add(
     root: Path,
     *,
     format: str | None = None,
+    columns: Mapping[str, str] = MappingProxyType({}),
     judge: Callable[[Path], None] = lambda here: None,
 ) -> Addition:
     for file in files:
         _check_there(file)
     _check_entry(name, format, root)
+    is_new = name not in datasets.names(root)
+    if columns and not is_new:
+        raise DataError(f"'{name}' has its columns already", where=str(datasets.REGISTRY), then="leave --columns out")
     here = datasets.folder(name, root)
     with versions.one_writer(root), taken_back_on_failure(name, root) as copied, _old_rows(here) as old:
         before = state(name, root)
         targets = [_copied(file, here, batch, copied) for file, batch in files.items()]
-        _register(name, targets, root, format)
-        _prepare(name, root, [_in_source(target, here) for target in targets])
+        _register(name, targets, root, format, columns)
+        try:
+            _prepare(name, root, [_in_source(target, here) for target in targets])
+        except DataError as error:
+            if is_new:
+                raise _not_made(name, list(files), format, error) from error
+            raise
         known = {record["file"]: record for record in records(name, root)}
         names = [_in_source(target, here) for target in targets]
         new = [batch for batch in names if batch not in known]
@@ -157,6 +191,8 @@ def _add(
 
 
 def _check_there(file: Path) -> None:
+    if file.is_dir():
+        raise DataError("a folder cannot be added", where=str(file), then=f"name its files: {file}/*")
     if not file.is_file():
         raise DataError("a file to add is not there", where=str(file), then="check the path")
 
@@ -168,7 +204,12 @@ def _check_entry(name: str, format: str | None, root: Path) -> None:
         DataError: saying why.
     """
     if format is not None and format not in FORMATS:
-        raise DataError(f"there is no format '{format}'", where="--format", have=did_you_mean(format, FORMATS))
+        raise DataError(
+            f"there is no format '{format}'",
+            where="--format",
+            have=did_you_mean(format, FORMATS),
+            then=f"one of {', '.join(FORMATS)}; data/README.md says what each holds",
+        )
     if name not in (known := datasets.names(root)):
         if format is None:
             raise DataError(
@@ -178,7 +219,11 @@ def _check_entry(name: str, format: str | None, root: Path) -> None:
                 then=f"give --format to make it, one of {', '.join(FORMATS)}",
             )
         if not _NAME.fullmatch(name):
-            raise DataError(f"'{name}' cannot be a dataset's name", have="letters, digits, - and _ can")
+            raise DataError(
+                f"'{name}' cannot be a dataset's name",
+                have="letters, digits, - and _ can",
+                then=f"call it {re.sub('[^A-Za-z0-9_-]+', '-', name).strip('-') or 'mine'}",
+            )
         return
     entry = datasets.dataset(name, root)
     if format not in (None, entry.format):
@@ -209,6 +254,30 @@ def _prepare(name: str, root: Path, batches: Sequence[str]) -> None:
             raise
         have = "\n        ".join([error.have, *_named(bad)])
         raise DataError(error.what, where=error.where, have=have, then=error.then) from error
+
+
+def _not_made(name: str, files: Sequence[Path], format: str | None, error: DataError) -> DataError:
+    """Why a new dataset was not made, in words that hold when all of it has been taken back."""
+    fields = _fields(files[0])
+    told = [error.have, *([f"the fields of {files[0].name} are {', '.join(fields)}"] if fields else [])]
+    again = f"prefloop data add {name} {shlex.join(map(str, files))} --format {format} --columns FIELD=YOURS"
+    return DataError(
+        error.what,
+        where=", ".join(map(str, files)),
+        have="\n        ".join(told),
+        then=f"mend the file, or say which of its fields is which: `{again}`",
+    )
+
+
+def _fields(file: Path) -> list[str]:
+    """What the first record of a file names, as far as it can be read."""
+    from steps import readers
+    from steps.sources import File
+
+    with suppress(DataError, OSError):
+        for record in readers.records(File("", file.name, file)):
+            return list(record.value) if isinstance(record.value, dict) else []
+    return []
 
 
 def takes_files(entry: Dataset) -> bool:
@@ -300,7 +369,7 @@ def _in_source(target: Path, here: Path) -> str:
     return target.relative_to(here / "source").as_posix()
 
 
-def _register(name: str, targets: Sequence[Path], root: Path, format: str | None) -> None:
+def _register(name: str, targets: Sequence[Path], root: Path, format: str | None, columns: Mapping[str, str]) -> None:
     """Make sure that the registry's entry takes every batch in."""
     path, here = root / datasets.REGISTRY, datasets.folder(name, root)
     text = path.read_text(encoding="utf-8")
@@ -313,7 +382,7 @@ def _register(name: str, targets: Sequence[Path], root: Path, format: str | None
             roles[_role(batch, taken)] = batch
     if entry is None:
         assert format is not None
-        text = entries.with_entry(text, name, format, roles)
+        text = entries.with_entry(text, name, format, roles, columns)
     else:
         for role, batch in roles.items():
             text = entries.with_file(text, name, role, batch)

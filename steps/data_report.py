@@ -140,6 +140,7 @@ def print_report(out: Console, name: str, root: Path, *, everything: bool) -> No
     _print_checks(out, counts)
     out.print()
     _print_statistics(out, counts, split)
+    _print_left_out(out, {**counts, **split})
     bad = batches.quarantine(name, root)
     if bad:
         out.print()
@@ -260,6 +261,18 @@ def _print_counts(out: Console, before: State, after: State) -> None:
     for key in ("demonstrations", "preferences", "prompts", "gold"):
         row(key, before.counts.get(key, 0), after.counts.get(key, 0))
     out.print(table)
+    _print_left_out(out, after.counts)
+
+
+def _print_left_out(out: Console, counts: Mapping[str, Any]) -> None:
+    """What the split could not use, where that is worth a word."""
+    if left_out := counts.get("pairs_left_out"):
+        out.print(
+            f"{left_out:,} pairs are in no table, for an answer of theirs stands in another part of the split too"
+        )
+    for table, use in (("preferences", "train on"), ("prompts", "evaluate with")):
+        if counts.get("valid") and counts.get(table) == 0:
+            out.print(f"[yellow]warn[/]     {table}: none, so there is nothing to {use}")
 
 
 def _print_lock(out: Console, before: Mapping[str, str], after: Mapping[str, str]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -36,7 +37,9 @@ def with_file(registry: str, name: str, role: str, file: str) -> str:
     return _checked(text, expected, name, line)
 
 
-def with_entry(registry: str, name: str, format: str, files: dict[str, str]) -> str:
+def with_entry(
+    registry: str, name: str, format: str, files: dict[str, str], columns: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """The registry's text with a new dataset at its end.
 
     The seed of its split comes from its name: rows taken from a part of another dataset would all be dealt to that part
@@ -48,12 +51,15 @@ def with_entry(registry: str, name: str, format: str, files: dict[str, str]) -> 
     datasets = _inner(yaml.compose(registry), "datasets")
     listed = [f"      {_written(role)}: {_written(file)}" for role, file in files.items()]
     seed = zlib.crc32(name.encode()) % 10_000
-    block = [f"{name}:", f"  format: {format}", "  source:", "    files:", *listed, f"  split: {{seed: {seed}}}"]
+    renamed = [f"    {_written(field)}: {_written(own)}" for field, own in columns.items()]
+    block = [f"{name}:", f"  format: {format}", "  source:", "    files:", *listed]
+    block += [*(["  columns:", *renamed] if renamed else []), f"  split: {{seed: {seed}}}"]
     if not isinstance(datasets, yaml.MappingNode) or datasets.flow_style or not datasets.value:
         raise _by_hand(name, "\n        ".join(block), "`datasets:` is no block of entries")
     indent = " " * datasets.value[0][0].start_mark.column
     text = _after(registry, _last_line(datasets), [indent + line for line in block])
     made = {"format": format, "source": {"files": files}, "split": {"seed": seed}}
+    made |= {"columns": dict(columns)} if columns else {}
     expected = _parsed(registry) | {name: made}
     return _checked(text, expected, name, "\n        ".join(block))
 

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 SHOWN = {
     "loss": "loss",
-    "rewards/accuracies": "accuracy",
     "mean_token_accuracy": "accuracy",
+    "rewards/accuracies": "accuracy",  # where there are both, of pairs and not of tokens
     "eval_rewards/accuracies": "held-out",
 }
 

@@ -177,6 +177,9 @@ def _holds_records(wrapper: dict[str, Any], array: list[Any]) -> bool:
     return all(isinstance(item, dict) for item in array) and not turns and "prompt" not in wrapper
 
 
+_OTHERS = (";", "\t", "|")
+
+
 def separated(stream: IO[bytes], delimiter: str = ",") -> Iterator[Record]:
     """Rows of a CSV file with a header. An empty cell is a missing value; a quote nobody closes is a problem."""
     csv.field_size_limit(LONGEST_LINE)
@@ -218,7 +221,9 @@ def separated(stream: IO[bytes], delimiter: str = ",") -> Iterator[Record]:
             header = [cell.strip() for cell in cells]
             twice = next((name for name in header if name and header.count(name) > 1), "")
             continue
-        if len(cells) != len(header):
+        if len(header) == 1 and (other := next((mark for mark in _OTHERS if mark in header[0]), "")):
+            problem = f"{other!r} stands between cells, where {delimiter!r} should"
+        elif len(cells) != len(header):
             problem = f"{len(cells)} cells where the header has {len(header)}"
         elif twice:
             problem = f"the header names '{twice}' twice"

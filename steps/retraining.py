@@ -142,7 +142,7 @@ class Drift:
 
 
 def drift_since(version: Version, data: DataVersion, root: Path) -> Drift:
-    """Hold the valid rows against those a registered model was made from; says so where those cannot be had."""
+    """Hold the rows added since against those a registered model was made from; says so where those cannot be had."""
     from steps.changes import read
 
     new = datasets.folder(data.name, root) / VALID
@@ -151,7 +151,8 @@ def drift_since(version: Version, data: DataVersion, root: Path) -> Drift:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             before, now = (read(path, drift.COLUMNS) for path in (valid_rows(version, root, Path(scratch)), new))
-            return Drift(version.uri, drift.compare(before, now, sources=False))  # a new batch is a new source
+            added = now[~now["row_id"].isin(before["row_id"])]
+            return Drift(version.uri, drift.compare(before, added, sources=False))  # a new batch is a new source
         except (PrefloopError, OSError) as error:
             said = error.what if isinstance(error, PrefloopError) else str(error)
             return Drift(version.uri, [], said)

@@ -1,4 +1,4 @@
-"""Third data stage: who learns from what. No prompt, and no text, stands in two of the parts.
+"""Third data stage: who learns from what. No prompt stands in two of the parts, and no text but phrases like a refusal.
 
 Prompts, with everything people said about their answers, are dealt to four parts by a hash of the prompt, so that
 the order of the rows does not matter:
@@ -33,12 +33,14 @@ from steps.rows import hashes
 
 USES = {"train": 2, "held_out": 1}  # how many pairs one answer may be part of
 MANY, NEIGHBOURS = 1000, 16  # answers of one prompt from which not all pairs are looked at, and how many then are
+PHRASE = 10  # prompts from which an answer to all of them is a phrase, which gives nothing away
 TOPIC_ROWS = 12  # a word is a topic when at least this many answers hold it …
 TOPIC_BALANCE = 0.35  # … and at least this share of them is liked, and at least this share is not
 COLUMNS = ["row_id", "kind", "prompt", "chosen", "rejected", "tie", "margin", "answer", "score", "ratings"]
 COLUMNS += ["source", "file", "line", "part"]
 LABELS = ("source", "topic")  # what win rates are told by; `topic` where the registry names a field for it
 PAIR = ["prompt", "chosen", "rejected", "margin", "agreement", "chosen_id", "rejected_id"]
+ANSWERS = ("chosen", "rejected", "answer")
 RANKS = ["group", "chosen_rank", "rejected_rank"]
 RANKED = ("comparisons", "rankings", "scored")  # formats whose records say more than which of two answers is better
 _WORD = re.compile(r"[a-z]{4,}")
@@ -150,7 +152,7 @@ def split(rows: pd.DataFrame, entry: Dataset) -> dict[str, pd.DataFrame]:
     parts = _dealt(rows, entry.split)
     if entry.format in RANKED:
         parts |= {name: with_ranks(parts[name], rows) for name in USES}
-    parts = _without_leaks(parts)
+    parts = _without_leaks(parts, _phrases(rows))
     seed = entry.split.seed
     for name in ("demonstrations", "gold"):
         parts[name] = _in_hash_order(parts[name], seed).reset_index(drop=True)
@@ -329,27 +331,51 @@ def _text_keys(texts: pd.Series) -> np.ndarray:
     return keys
 
 
-def _without_leaks(parts: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Take from a part the rows whose text stands in an earlier one; gold and held-out are served first."""
+def _phrases(rows: pd.DataFrame) -> np.ndarray:
+    """(n,) uint64: keys of answers that stand under so many prompts that they say nothing of any, like a refusal."""
+    sides = [rows[["prompt", name]].dropna().set_axis(["prompt", "text"], axis=1) for name in ANSWERS if name in rows]
+    said = pd.concat(sides, ignore_index=True).drop_duplicates()
+    said["key"] = _text_keys(said["text"]) if len(said) else []
+    prompts = said.groupby("key")["prompt"].nunique()
+    return prompts.index[prompts >= PHRASE].to_numpy(dtype=np.uint64)
+
+
+def _without_leaks(parts: dict[str, pd.DataFrame], phrases: np.ndarray) -> dict[str, pd.DataFrame]:
+    """Take from a part the rows whose text stands in an earlier one; gold and held-out are served first.
+
+    Args:
+        phrases: keys of texts that may stand in all parts, beside a text that does not.
+    """
     seen = np.array([], dtype=np.uint64)
     clean = {}
     for name in ("prompts", "gold", "held_out", "train", "demonstrations"):
-        keys = [_text_keys(texts) for _, texts in texts_of(parts[name]).items()]
-        leaks = [pd.Series(key).isin(seen).to_numpy() for key in keys] or [np.zeros(len(parts[name]), dtype=bool)]
-        clean[name] = parts[name][~np.logical_or.reduce(leaks)]
-        seen = np.concatenate([seen, *keys])
+        texts = texts_of(parts[name])
+        keys = np.array([_text_keys(texts[side]) for side in texts], dtype=np.uint64).reshape(texts.shape[::-1])
+        stands, own = np.isin(keys, seen), ~np.isin(keys, phrases)
+        leaks = (stands & (own | ~own.any(0))).any(0)
+        clean[name] = parts[name][~leaks]
+        seen = np.concatenate([seen, keys.ravel()])
     return clean
+
+
+def pairs_left_out(rows: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> int:
+    """How many of people's comparisons are in no table, for a text of theirs stands in a part that was served first."""
+    ids = [table[name] for table in tables.values() for name in ("row_id", "chosen_id", "rejected_id") if name in table]
+    compared = (rows["kind"] == "pair") & ~rows["tie"].fillna(False).astype(bool)
+    return int((~rows.loc[compared, "row_id"].isin(pd.concat(ids))).sum())
 
 
 def main(name: str) -> None:
     entry = dataset(name)
     valid = folder(name) / "valid.parquet"
-    tables = split(read_table(valid, columns=[*COLUMNS, *({"topic"} & set(entry.columns))]), entry)
+    rows = read_table(valid, columns=[*COLUMNS, *({"topic"} & set(entry.columns))])
+    tables = split(rows, entry)
     for table, frame in tables.items():
         write_table(frame, folder(name) / f"{table}.parquet")
     pairs = tables["preferences"]
     counts = {table: len(frame) for table, frame in tables.items()}
     counts |= {f"preferences_{part}": int((pairs["part"] == part).sum()) for part in USES}
+    counts["pairs_left_out"] = pairs_left_out(rows, tables)
     counts["ties"] = int(read_table(valid, columns=["tie"])["tie"].fillna(False).sum())
     rated = pairs["agreement"].dropna()
     ceiling = {"agreement": round(float(rated.mean()), 4)} if len(rated) else {}

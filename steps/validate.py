@@ -194,6 +194,10 @@ def validate(entry: Dataset, here: Path, local: Path, root: Path = Path()) -> di
     write_text(validation_page(here.name, counts, looks_for), here / "validation.html")
     write_metrics(counts, here / "validation.json")
     _stop_where_asked(tally, counts, rules)
+    if not tally.read:
+        raise DataError(
+            f"'{here.name}' has no row", where=str(here / "source"), have="its files are empty", then="add data"
+        )
     if not tally.valid:
         raise DataError(
             f"no row of '{here.name}' is fit to learn from",

@@ -133,6 +133,21 @@ def test_an_unknown_dataset_is_made_only_with_a_format(project: Path, tmp_path: 
     assert [line.split()[0] for line in listed.splitlines()] == ["dataset", "fresh", "tiny"]
 
 
+def test_a_new_dataset_is_told_what_its_files_call_the_fields(larger: Path, tmp_path: Path) -> None:
+    names = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    rows = [{names[field]: text for field, text in row.items()} for row in tiny_data.rows(20, "other ")]
+    batch = tiny.write_rows(rows, tmp_path / "other.jsonl")
+    said = refused(larger, "add", "other", batch, "--format", "preferences")
+    assert "the fields of other.jsonl are question, good, bad" in said and f"where {batch}" in said
+    assert "--columns FIELD=YOURS" in said and "nothing was added to 'other'" in said
+    told = [word for field, own in names.items() for word in ("--columns", f"{field}={own}")]
+    assert "pairs" not in data(larger, "add", "other", batch, "--format", "preferences", *told)
+    assert versions.current("other", larger).counts["valid"] == 40
+    (tmp_path / "empty.jsonl").touch()
+    said = refused(larger, "add", "empty", tmp_path / "empty.jsonl", "--format", "preferences")
+    assert "its files are empty" in said and "quarantine" not in said
+
+
 def test_a_batch_that_fails_is_taken_back_whole(larger: Path, tmp_path: Path) -> None:
     registry = larger / "data/datasets.yaml"
     registry.write_text(registry.read_text() + "    rules: {checks: {same_sides: stop}}\n")
@@ -381,6 +396,12 @@ def test_a_reader_never_meets_half_a_table(project: Path, tmp_path: Path) -> Non
 def test_what_cannot_be_used_is_an_error_with_a_way_out(project: Path) -> None:
     assert "a file to add is not there" in refused(project, "add", "tiny", "nowhere.jsonl")
     assert "next" in refused(project, "report", "nothing")
+    assert "a folder cannot be added" in refused(project, "add", "tiny", project)
+    file = project / "data/datasets.yaml"
+    assert "one of preferences, hh" in refused(project, "add", "new", file, "--format", "prefs")
+    assert "call it my-data" in refused(project, "add", "my data", file, "--format", "hh")
+    assert "has its columns already" in refused(project, "add", "tiny", file, "--columns", "prompt=question")
+    assert "a column is FIELD=YOURS" in refused(project, "add", "new", file, "--format", "hh", "--columns", "prompt")
     with pytest.raises(DataError, match="has not been prepared at HEAD"):
         versions.at("nothing", project, "HEAD")
     result = attempt(project.parent, sys.executable, "-m", "flows.cli", "data", "list")

@@ -47,6 +47,11 @@ def test_a_new_entry_goes_to_the_end() -> None:
     assert edited == BLOCK.replace("# the end\n", block + "# the end\n")
 
 
+def test_a_new_entry_says_what_its_files_call_the_fields() -> None:
+    made = yaml.safe_load(entries.with_entry(BLOCK, "third", "hh", {"p": "p.csv"}, {"chosen": "the good one"}))
+    assert made["datasets"]["third"]["columns"] == {"chosen": "the good one"}
+
+
 def test_rows_of_one_part_of_another_dataset_are_dealt_to_all_parts() -> None:
     prompts = [f"p{number}" for number in range(2000)]
     shares = Split()

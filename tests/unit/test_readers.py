@@ -222,6 +222,12 @@ def test_an_empty_cell_is_a_missing_value(read: Callable) -> None:
     assert read("p.csv", b"a,b,c\n1,,\n")[0].value == {"a": "1", "b": None, "c": None}
 
 
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_cells_with_another_mark_between_them_are_a_problem_that_says_so(mark: str, read: Callable) -> None:
+    rows = read("p.csv", f"prompt{mark}chosen{mark}rejected\na{mark}b, c{mark}d\n".encode())
+    assert [row.problem for row in rows] == [f"{mark!r} stands between cells, where ',' should"]
+
+
 def test_a_byte_order_mark_is_no_part_of_the_header(read: Callable) -> None:
     assert read("p.csv", BOM + b" a ,b\n1,2")[0].value == {"a": "1", "b": "2"}
 

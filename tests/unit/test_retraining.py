@@ -119,21 +119,21 @@ def test_the_digest_of_a_recipe_is_that_of_what_can_change_a_model() -> None:
 
 
 def rows(words: str, count: int = 60) -> pd.DataFrame:
-    return pd.DataFrame({"row_id": map(str, range(count)), "chosen": words, "rejected": "bad"})
+    return pd.DataFrame({"row_id": [f"{words} {row}" for row in range(count)], "chosen": words, "rejected": "bad"})
 
 
 @pytest.fixture
 def drifting(tmp_path: Path) -> tuple[Path, str]:
-    """A project whose valid rows got longer since the version whose md5 is returned; DVC's cache holds both."""
+    """A project that got some longer rows since the version whose md5 is returned; DVC's cache holds both."""
     here = tmp_path / "data" / "mine"
     here.mkdir(parents=True)
     old = here / "valid.parquet"
-    rows("short").to_parquet(old)
+    rows("short", 600).to_parquet(old)
     md5 = hashlib.md5(old.read_bytes()).hexdigest()
     kept = tmp_path / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]
     kept.parent.mkdir(parents=True)
     old.rename(kept)
-    rows("a much longer answer").to_parquet(here / "valid.parquet")
+    pd.concat([rows("short", 600), rows("a much longer answer")]).to_parquet(here / "valid.parquet")
     return tmp_path, md5
 
 

@@ -20,10 +20,12 @@ from steps.errors import DataError
 from steps.rows import SCHEMA
 from steps.split import (
     COLUMNS,
+    PHRASE,
     TOPIC_ROWS,
     USES,
     agreement,
     main,
+    pairs_left_out,
     pairs_of,
     part_of,
     split,
@@ -460,6 +462,22 @@ def test_no_row_at_all_is_an_error() -> None:
 def test_a_text_everybody_says_is_left_to_the_part_that_is_served_first() -> None:
     tables = split(preference_rows().assign(chosen="yes", rejected="no"), preferences_entry())
     assert [len(tables[name]) > 0 for name in ("gold", "preferences", "demonstrations")] == [True, False, False]
+
+
+def test_a_phrase_like_a_refusal_costs_no_pair() -> None:
+    """One rejected answer under all prompts says nothing of any of them; under a few it would be a leak."""
+    rows = preference_rows()
+    rows["chosen"] += rows["row_id"]
+    rows["rejected"] = "I cannot help with that."
+    tables = split(rows, preferences_entry())
+    assert pairs_left_out(rows, tables) == 0
+    assert {*tables["preferences"]["rejected"]} == {"I cannot help with that."}
+    few = preference_rows()
+    few.loc[: PHRASE - 2, "rejected"] = "I cannot help with that."
+    tables = split(few, preferences_entry())
+    parts = [set(texts_of(part).to_numpy().ravel()) for part in tables.values()]
+    assert sum("I cannot help with that." in part for part in parts) == 1
+    assert pairs_left_out(few, tables) > 0
 
 
 # -- what each kind of row is for --------------------------------------------------------------------------------
