@@ -172,7 +172,7 @@ def step(
 @app.command()
 def check(recipe: RecipePath, assignments: Assignments = None) -> None:
     """Read a recipe and say everything that is wrong with it."""
-    from steps import datasets
+    from steps import datasets, enough, pipeline
     from steps.base import locate
     from steps.config import load
     from steps.paths import project_root
@@ -181,6 +181,9 @@ def check(recipe: RecipePath, assignments: Assignments = None) -> None:
     root = project_root()
     datasets.dataset(loaded.data.name, root)
     base = locate(loaded.model.base, loaded.model.revision, root)
+    tables = {name: datasets.folder(loaded.data.name, root) / f"{name}.parquet" for name in pipeline.TABLES}
+    if all(path.is_file() for path in tables.values()):
+        enough.check(loaded, tables)
     typer.echo(f"{recipe} is a valid recipe: {loaded.policy.method} on '{loaded.data.name}' from {loaded.model.base}")
     typer.echo(f"  base model {base.digest[:16]}")
 

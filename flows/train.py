@@ -42,8 +42,9 @@ def model_step(name: str, purpose: str) -> Any:
 
 @task(name="data", retries=1, retry_delay_seconds=5, task_run_name="data", **PLAIN)
 def prepare_data(experiment: Experiment) -> None:
-    """Ingest, validate and split, as far as DVC finds something changed."""
+    """Ingest, validate and split, as far as DVC finds something changed; and see whether that is enough."""
     experiment.prepare_data()
+    experiment.check_data()
 
 
 base = model_step("base", "the model everything stands on, as safetensors")

@@ -139,6 +139,14 @@ def length(curves: Curves, limit: float) -> tuple[float, str] | None:
     return value, f"answers are {value:.2f} times as long as at the start, the limit is {limit:g}"
 
 
+def empty(curves: Curves, limit: float) -> tuple[float, str] | None:
+    value, start = _last(curves, "policy_empty"), _last(curves, "start_empty")
+    if value is None or not value > limit:
+        return None
+    before = "" if start is None else f", of the start's {start:.0%}"
+    return value, f"{value:.0%} of the policy's answers are empty{before}"
+
+
 def entropy(curves: Curves, limit: float) -> tuple[float, str] | None:
     """Entropy is gone: the policy says one thing, and can learn nothing more from its own answers."""
     points = curves.get("entropy")
@@ -180,6 +188,7 @@ RULES: dict[str, Rule] = {
         negative_kl,
         overoptimisation,
         length,
+        empty,
         entropy,
         critic,
         reward_accuracy,
@@ -190,7 +199,7 @@ RULES: dict[str, Rule] = {
 OF_STEP: dict[str, tuple[str, ...]] = {
     "reward": ("not_a_number", "reward_accuracy", "leak"),
     "policy": ("not_a_number", "displaced_likelihood", "kl", "negative_kl", "length", "entropy", "critic", "leak"),
-    "evaluate": ("kl", "negative_kl", "overoptimisation", "length"),
+    "evaluate": ("kl", "negative_kl", "overoptimisation", "length", "empty"),
 }
 
 

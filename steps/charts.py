@@ -99,7 +99,8 @@ def save_figure(figure, path: Path) -> Path:
 def _panel(ax: Axes, found: Curves, label: str, series, level: float | None) -> None:
     for name, legend, colour in series:
         if points := found.get(name):
-            ax.plot(*zip(*points, strict=True), color=colour, label=legend, linewidth=1.6)
+            dot = "o" if len(points) == 1 else None  # a line of one point is none
+            ax.plot(*zip(*points, strict=True), color=colour, label=legend, linewidth=1.6, marker=dot)
         if held_out := found.get(f"eval_{name}"):
             ax.plot(
                 *zip(*held_out, strict=True),
@@ -155,7 +156,7 @@ def run_picture(folders: Mapping[str, Path], measured: Facts) -> Path:
     else:
         axes[2].set_axis_off()
     table = read_table(folders["evaluate"] / COMPLETIONS)
-    by, scale = ("gold", "rating on the human scale") if "start_gold" in table else ("reward", "reward model's score")
+    by, scale = ("gold", "gold judge's score") if "start_gold" in table else ("reward", "reward model's score")
     before, after = table[f"start_{by}"], table[f"policy_{by}"]
     bins = np.linspace(min(before.min(), after.min()), max(before.max(), after.max()), 25)
     axes[3].hist(before, bins, color=GREY, alpha=0.75, label="start")

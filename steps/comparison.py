@@ -138,6 +138,11 @@ def unit(variant: Variant) -> float:
     return variant.beta or 1.0
 
 
+def judged(variant: Variant) -> str:
+    """The setting whose answers the judge sees: of best of n the largest n, whose row is one of several."""
+    return f"n={variant.recipe.policy.best_of_n.n}" if variant.method == "best_of_n" else variant.setting
+
+
 def rows_of(variant: Variant, made: Mapping[str, Artifact]) -> list[dict[str, Any]]:
     """A finished run as rows of the table: one, or for best of n one for each n.
 
@@ -288,9 +293,10 @@ def in_words(found: Sequence[Group]) -> list[str]:
     if not whole:
         return ["No run came to a result."]
     best = max(whole, key=lambda group: group.gold)
+    interval = "" if best.win_rate_low is None else f" [{best.win_rate_low:.3f}, {best.win_rate_high:.3f}]"
     said = [
         f"The highest gold score, {best.gold:+.2f}, is that of {_label(best)}, at {best.kl:.1f} nats from the start "
-        f"(win rate {best.win_rate:.3f})."
+        f"(win rate {best.win_rate:.3f}{interval}).{_not_told_apart(best, whole)}"
     ]
     efficient = [group for group in whole if not group.dominated]
     said.append(
@@ -310,6 +316,17 @@ def in_words(found: Sequence[Group]) -> list[str]:
     if lost := sum(group.failures for group in found):
         said.append(f"{lost} of {sum(group.seeds for group in found)} runs ended without a result; the table says why.")
     return said
+
+
+def _not_told_apart(best: Group, whole: Sequence[Group]) -> str:
+    """Whose win rates may be as high as the best one's, in a sentence."""
+    known = [group for group in whole if group is not best and group.win_rate_high is not None]
+    if best.win_rate_low is None or not known:
+        return ""
+    close = [_label(group) for group in known if (group.win_rate_high or 0.0) >= best.win_rate_low]
+    return (
+        f" Intervals that overlap with its own: {', '.join(close)}." if close else " No other interval reaches its own."
+    )
 
 
 def _label(group: Group) -> str:

@@ -93,9 +93,9 @@ class ComparisonRun:
             return
         rows = comparison.rows_of(variant, {step: made.artifact for step, made in experiment.outcomes.items()})
         self.rows += rows
-        if len(rows) == 1:
+        if (judged := comparison.judged(variant)) in {row["setting"] for row in rows}:
             completions = experiment.outcomes["evaluate"].artifact.path / COMPLETIONS
-            self.verdicts[variant.method, rows[0]["setting"], variant.seed] = comparison.verdicts_in(completions)
+            self.verdicts[variant.method, judged, variant.seed] = comparison.verdicts_in(completions)
         experiment.close()
 
     def finish(self) -> Path:

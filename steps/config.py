@@ -286,6 +286,7 @@ class Alarms(Section):
     length: Alarm = _alarm(1.5, "warn", "Length of answers over that at the start.")
     entropy: Alarm = _alarm(0.2, "warn", "Least entropy, as a share of that of the first rollout.")
     critic: Alarm = _alarm(0, "warn", "Least explained variance of the critic, over four rollouts.")
+    empty: Alarm = _alarm(0.05, "warn", "Share of the policy's answers that may be empty.")
     reward_accuracy: Alarm = _alarm(0.55, "fail", "Least accuracy of the reward model on held-out pairs.")
     leak: Alarm = _alarm(20, "warn", "Steps within which no training pair was ordered wrong.")
 

@@ -225,6 +225,7 @@ def about_answers(table: pd.DataFrame, evaluate: Evaluate) -> Facts:
         texts, tokens = list(table[name]), table[f"{name}_tokens"]
         facts |= {
             f"{name}_tokens": float(tokens.mean()),
+            f"{name}_empty": float(np.mean([not text.strip() for text in texts])),
             f"{name}_ended": float((tokens < evaluate.max_new_tokens).mean()),
             f"{name}_distinct_2": distinct(texts, 2),
             f"{name}_repetition": repetition(texts, 3),

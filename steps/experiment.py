@@ -25,6 +25,7 @@ from steps import (
     data_report,
     datasets,
     dead_runs,
+    enough,
     heartbeat,
     lineage_page,
     locks,
@@ -193,6 +194,15 @@ class Experiment:
         if any(finding.drifted for finding in drifted):
             data_report.print_drift(self.console, drifted, "the data", "those of the version before")
         return self.data
+
+    def check_data(self) -> None:
+        """Look whether the data suffice for every step of the recipe.
+
+        Raises:
+            DataError: they do not.
+        """
+        assert self.data is not None
+        enough.check(self.recipe, {name: table.path for name, table in self.data.tables.items()})
 
     def _find_models(self) -> None:
         """What the recipe names of models that are made elsewhere."""

@@ -8,6 +8,7 @@ import pandas as pd
 from datasets import Dataset
 
 from steps.datasets import read_table
+from steps.enough import fit
 from steps.errors import DataError
 from steps.sections import Pairs
 from steps.training import even_batches
@@ -26,11 +27,9 @@ def fitting_pairs(preferences: Path, config: Pairs) -> tuple[pd.DataFrame, pd.Da
     """
     table = read_table(preferences)
     table["length"] = table[["chosen", "rejected"]].map(len).max(axis=1)
-    fit = (table["part"] == "train") & ~(table["margin"] < config.min_margin)  # a pair without a margin fits
-    if config.max_chars is not None:
-        fit &= table["length"] <= config.max_chars
-    held_out = _held_out(table, preferences)
-    if not fit.any():
+    train, held_out = table[table["part"] == "train"], _held_out(table, preferences)
+    train = train[fit(train, config)]
+    if train.empty:
         bound = f" and answers of at most {config.max_chars} characters" if config.max_chars else ""
         raise DataError(
             "no training pair is left",
@@ -38,7 +37,7 @@ def fitting_pairs(preferences: Path, config: Pairs) -> tuple[pd.DataFrame, pd.Da
             have=f"none with a margin of {config.min_margin} or more{bound}",
             then="lower min_margin or raise max_chars in the recipe",
         )
-    return table[fit], held_out
+    return train, held_out
 
 
 def first_pairs(train: pd.DataFrame, held_out: pd.DataFrame, config: Pairs) -> tuple[pd.DataFrame, pd.DataFrame, int]:

@@ -192,7 +192,7 @@ def _quoted(name: str) -> str:
 def judge_in_words(measured: Mapping[str, Any]) -> str:
     """Who judged, and how far that judge agrees with people."""
     of = {
-        "gold": "The judge was fitted on ratings no training step saw; it",
+        "gold": "The judge was fitted on human ratings or comparisons no training step saw; it",
         "reward": "The judge is a reward model (one the policy was tuned against flatters it); it",
         "llm": "The judge is a language model, asked in both orders; it",
     }

@@ -84,7 +84,7 @@ def test_an_alarm_that_is_ignored_is_silent(name: str) -> None:
     bad = [
         {"loss": math.nan, "kl": 99.0, "rewards/chosen": -1.0, "rewards/margins": 1.0, "completion_length": 10.0 * step}
         | {"reward_gain": 1.0, "gold_gain": -1.0, "reward_gain_error": 0.1, "gold_gain_error": 0.1}
-        | {"explained_variance": -1.0, "eval_rewards/accuracies": 0.1}
+        | {"explained_variance": -1.0, "eval_rewards/accuracies": 0.1, "policy_empty": 0.5}
         | {"rewards/accuracies": 1.0, "reward": 1.0, "entropy": 1.0 / step, "policy_kl": -9.0, "policy_kl_error": 0.1}
         for step in range(1, 10)
     ]
@@ -131,3 +131,11 @@ def test_a_resumed_step_remembers_what_went_off_and_says_it_once(tmp_path: Path)
     again.metrics({"completion_length": 20.0}, 2)
     assert again.stops_at == 2
     assert curves(tmp_path)["alarm/length"] == [(2, 2.0)]
+
+
+def test_answers_without_a_word_are_told_beside_the_starts() -> None:
+    watch = Watch(Alarms())
+    assert watch.see({"policy_empty": 0.05, "start_empty": 0.0}, 0) == []
+    (raised,) = watch.see({"policy_empty": 0.7, "start_empty": 0.75}, 1)
+    assert (raised.name, raised.action) == ("empty", "warn")
+    assert raised.message == "70% of the policy's answers are empty, of the start's 75%"

@@ -88,9 +88,9 @@ def test_displacement_is_in_nats_whatever_the_scale(recipe: Recipe, method: str,
     assert (row["accuracy"], row["tuning"], row["peak_mib"], row["seconds"]) == (0.7, 2.0, 512.0, 3.0)
 
 
-def test_without_a_penalty_there_is_no_scale(recipe: Recipe) -> None:
+def test_without_a_penalty_the_scale_is_a_nat(recipe: Recipe) -> None:
     (variant,) = variants(recipe, ["ppo@0"], [0.1], 1)
-    assert unit(variant) is None
+    assert unit(variant) == 1.0
 
 
 def test_seeds_are_put_together_and_failures_counted() -> None:
