@@ -127,7 +127,7 @@ def summary(found: list[Seed], broken: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ppo_seeds")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--rollouts", type=int, default=4, help="of each seed's policy step")
+    parser.add_argument("--rollouts", type=int, default=8, help="of each seed's policy step")
     parser.add_argument("--prompts", type=int, default=200, help="answered in each evaluation")
     parser.add_argument("--recipe", type=Path, default=Path("recipes/reviews.yaml"))
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="as for `prefloop run`; repeatable")
