@@ -7,6 +7,7 @@ dotted path. What a TRL trainer owns sits under `trainer:` with TRL's own names,
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -525,14 +526,15 @@ def load(path: str | Path, assignments: list[str] | tuple[str, ...] = ()) -> Rec
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
-        recipes = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        beside = sorted(path.parent.glob("*.yaml")) if path.name.endswith((".yaml", ".yml")) else []
+        recipes = [str(p) for p in beside or sorted(Path("recipes").glob("*.yaml"))]
         hint = did_you_mean(str(path), recipes) if recipes else "recipes stand in recipes/"
         raise RecipeError("cannot read the recipe", where=str(path), have=error.strerror or "", then=hint) from error
     except UnicodeDecodeError as error:
         raise RecipeError("a recipe is UTF-8 text", where=str(path), have=str(error)) from error
     for assignment in assignments:
         _apply(tree if isinstance(tree, dict) else {}, assignment)
-    return parse(tree, str(path))
+    return parse(tree, shlex.join([str(path), *(word for text in assignments for word in ("--set", text))]))
 
 
 SECTIONS: dict[str, type[Section]] = {

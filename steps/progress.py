@@ -55,12 +55,13 @@ def watch(
 
 
 def _bar(step, folder, console, stop, each, period) -> None:
+    wide = console.width >= 96
     columns = (
         TextColumn("{task.fields[step]:<9}"),
         TextColumn("[dim]{task.description:<10}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=20 if wide else 6),
         TextColumn("{task.completed:>4.0f}/{task.total:<4.0f}"),
-        TimeElapsedColumn(),
+        *([TimeElapsedColumn()] if wide else []),
         TextColumn("[dim]left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[values]}"),
