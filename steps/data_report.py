@@ -234,6 +234,8 @@ def print_addition(out: Console, added: Addition) -> None:
     _print_lock(out, added.before.tables, added.after.tables)
     print_drift(out, added.drift, "the new rows", "those before")
     out.print()
+    if added.after.counts.get("quarantined", 0) > added.before.counts.get("quarantined", 0):
+        out.print(f"[dim]why not[/]  prefloop data report {added.name}", soft_wrap=True)
     out.print("[dim]keep it[/]  git add " + escape(" ".join(map(_shell, added.paths))), soft_wrap=True)
     rows = sum(record["rows"] for record in added.records)
     out.print(f"         git commit -m {_shell(f'{added.name}: {rows:,} rows more')}", soft_wrap=True)
