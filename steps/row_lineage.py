@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from rich.console import Console
 
-from steps import registry, tracking, versions
-from steps.artifact import digest_file
-from steps.batches import FORGOTTEN
-from steps.changes import IDS, PLACE, read
-from steps.data_lineage import WORK_TREE, revisions
+from steps import registry, tracking
 from steps.datasets import read_table
 from steps.errors import DataError, PrefloopError
 from steps.evidence import Evidence
-from steps.pipeline import TABLES
 from steps.rankings import whole_groups
 from steps.registry import Version
 from steps.report import plain, plain_table
+from steps.sightings import (
+    NO_COMMIT,
+    Sighting,
+    Tables,
+    find_rows,
+    history_of,
+    places_of,
+    versions_with,
+    where_forgotten,
+)
 from steps.step_tags import STEP, step_names, step_tag
 from steps.tracking import Forwarder, Record
 
 SCHEMA = "prefloop.rows/1"
-ALL_ROWS = "rows"  # the table of every row that was read, with its place
-NO_COMMIT = "no commit"  # of a table that a run read and no commit names
-CONTENT = ("prompt", "chosen", "rejected", "answer")
 TRAINED, ASKED, FITTED, MEASURED = "trained on", "asked in training", "judge fitted on", "measured on"
 UNUSED, UNCLEAR = "in the table it read, not used", "in the table it read"
 GRADES = ("no", "maybe", "yes")
@@ -39,24 +39,6 @@ LEARNS = (TRAINED, ASKED, UNCLEAR)  # what may leave a trace in weights
 HINDSIGHT = "chain_of_hindsight"
 PAIRED = ("reward", "dpo", "relative", HINDSIGHT)
 ON_POLICY = ("ppo", "groups", "rloo", "grpo", "spo")  # the last three of runs made before they shared a section
-
-
-@dataclass(frozen=True)
-class Sighting:
-    """Rows in a table of a version.
-
-    Attributes:
-        revisions: commits whose `dvc.lock` names the table, the newest first, or `work tree`.
-        rows: row id → line numbers in the table, from 0.
-        by: `row_id`, or `content` where the table holds no ids of the row.
-    """
-
-    dataset: str
-    table: str
-    md5: str
-    revisions: list[str]
-    rows: dict[str, list[int]]
-    by: str = "row_id"
 
 
 @dataclass(frozen=True)
@@ -129,21 +111,21 @@ def trace(root: Path, forwarder: Forwarder, *, rows: Sequence[str] = (), file: s
         DataError: no version that can be had holds such a row or file.
     """
     unknown: list[str] = []
-    history = _history(root)
+    history = history_of(root)
     runs, problem = _runs(forwarder)
     if problem:
         unknown.append(problem)
     with tempfile.TemporaryDirectory() as scratch:
-        tables = _Tables(history, root, Path(scratch))
+        tables = Tables(history, root, Path(scratch))
         tables.add_what_runs_read(runs)
-        places = _places(tables, rows, file)
-        sightings = list(_sightings(tables, {*places, *rows}))
+        places = places_of(tables, rows, file)
+        sightings = list(find_rows(tables, {*places, *rows}))
         if not (places or sightings):
             raise DataError(
                 "no version of the data holds such a row" if file is None else f"no version of the data read '{file}'",
                 where=str(root / "dvc.lock"),
                 have=file or ", ".join(rows[:5]),
-                then=_forgotten(root, rows)
+                then=where_forgotten(root, rows)
                 or next(iter(tables.missing()), "ids stand in the column row_id of the tables"),
             )
         steps = [saw for record in runs for saw in _step_saw(record, sightings, tables)]
@@ -153,193 +135,12 @@ def trace(root: Path, forwarder: Forwarder, *, rows: Sequence[str] = (), file: s
     return RowLineage(
         asked=[file] if file else list(rows),
         rows=places,
-        versions=_versions(history, held),
+        versions=versions_with(history, held),
         sightings=sightings,
         steps=steps,
         models=models,
         unknown=unknown,
     )
-
-
-# -- versions and tables -----------------------------------------------------------------------------------------
-
-History = dict[str, dict[str, dict[str, str]]]  # dataset → revision → table → md5
-
-
-def _history(root: Path) -> History:
-    """Every table of every dataset, of the work tree and of every commit that changed `dvc.lock`."""
-    found: History = {}
-    for revision in ["", *revisions(root)]:
-        try:
-            stages = versions.stages(root, revision)
-        except (FileNotFoundError, PrefloopError, yaml.YAMLError, KeyError, TypeError):
-            continue
-        for name in {stage.partition("@")[2] for stage in stages if stage.startswith("split@")}:
-            with suppress(PrefloopError):
-                outs = versions.outputs(name, root, revision)
-                tables = {file.removesuffix(".parquet"): md5 for file, md5 in outs.items() if file.endswith(".parquet")}
-                found.setdefault(name, {})[revision or WORK_TREE] = tables
-    return found
-
-
-class _Tables:
-    """Tables of all versions by md5, from the work tree, DVC's cache or its remote; each is had once."""
-
-    def __init__(self, history: History, root: Path, scratch: Path) -> None:
-        self.root, self.scratch = root, scratch
-        self.of: dict[tuple[str, str, str], list[str]] = {}  # (dataset, table, md5) → revisions
-        for name, by_revision in history.items():
-            for revision, tables in by_revision.items():
-                for table, md5 in tables.items():
-                    self.of.setdefault((name, table, md5), []).append(revision)
-        self._paths: dict[str, Path | None] = {}
-        self._cached: dict[str, Path] | None = None
-
-    def add_what_runs_read(self, runs: Sequence[Record]) -> None:
-        """Tables of versions that were replaced before git was told about them: DVC's cache may have them still."""
-        known = {md5 for _, _, md5 in self.of}
-        for given in (given for record in runs for given in record.datasets if given["md5"] not in known):
-            dataset, _, table = str(given["name"]).partition("/")
-            self.of[dataset, table, str(given["md5"])] = [NO_COMMIT]
-
-    def named(self, *names: str) -> Iterator[tuple[str, str, str]]:
-        yield from (known for known in self.of if known[1] in names)
-
-    def path(self, dataset: str, table: str, md5: str) -> Path | None:
-        """Where a table can be read, or None where it cannot be had."""
-        if md5 not in self._paths:
-            self._paths[md5] = self._find(dataset, table, md5)
-        return self._paths[md5]
-
-    def _find(self, dataset: str, table: str, md5: str) -> Path | None:
-        here = self.root / "data" / dataset / f"{table}.parquet"
-        if here.is_file() and digest_file(here, "md5") == md5:
-            return here
-        if self._cached is None:
-            self._cached = versions.cached({known for _, _, known in self.of}, self.root)
-        if (kept := self._cached.get(md5)) and digest_file(kept, "md5") == md5:
-            return kept
-        at = self.of[dataset, table, md5][0]
-        if at == NO_COMMIT:
-            return None
-        with suppress(PrefloopError):
-            revision = "" if at == WORK_TREE else at
-            return versions.fetch(dataset, self.root, revision, self.scratch / md5, [here.name])[here.name]
-        return None
-
-    def missing(self) -> list[str]:
-        """What could not be had, a sentence for each version."""
-        lost: dict[tuple[str, str], list[str]] = {}
-        for (dataset, table, md5), at in self.of.items():
-            if at[0] != NO_COMMIT and md5 in self._paths and self._paths[md5] is None:
-                lost.setdefault((dataset, at[0]), []).append(table)
-        return [
-            f"{dataset} of {revision[:12]}: {', '.join(tables)} can be had neither from DVC's cache nor from its remote"
-            for (dataset, revision), tables in lost.items()
-        ]
-
-
-def _places(tables: _Tables, rows: Sequence[str], file: str | None) -> dict[str, list[dict[str, Any]]]:
-    """row id → where it was read from, for rows that some version holds."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for dataset, table, md5 in tables.named(ALL_ROWS):
-        if (path := tables.path(dataset, table, md5)) is None:
-            continue
-        frame = read(path, ["row_id", *PLACE])
-        mine = frame[frame["file"].isin(_names(file))] if file else frame[frame["row_id"].isin(rows)]
-        for row in mine.to_dict("records"):
-            part = row.get("part")
-            place = {"dataset": dataset, "file": row["file"], "line": int(row["line"])}
-            place["part"] = 0 if part is None or pd.isna(part) else int(part)
-            known = found.setdefault(str(row["row_id"]), [])
-            if place not in known:
-                known.append(place)
-    return found
-
-
-def _forgotten(root: Path, rows: Sequence[str]) -> str:
-    """Where it is written that one of the rows was forgotten; empty where none was."""
-    for record in sorted((root / "data").glob(f"*/{FORGOTTEN}")):
-        if any(row in record.read_text(encoding="utf-8") for row in rows):
-            return f"it was forgotten: {record.relative_to(root)} says when and why"
-    return ""
-
-
-def _names(file: str) -> list[str]:
-    """What a batch file may be called in the tables: as it is, or below `source/`."""
-    return [file, file.rpartition("/source/")[2] or file]
-
-
-def _sightings(tables: _Tables, wanted: set[str]) -> Iterator[Sighting]:
-    texts = _Texts(tables, wanted)
-    for dataset, table, md5 in tables.named("valid", "quarantine", *TABLES):
-        if (path := tables.path(dataset, table, md5)) is None:
-            continue
-        frame = read(path, [*IDS])
-        ids = list(frame.columns)
-        frame = frame if ids else read_table(path)
-        rows = _by_id(frame, ids, wanted) if ids else texts.find(frame, dataset, table)
-        if rows:
-            yield Sighting(dataset, table, md5, tables.of[dataset, table, md5], rows, "row_id" if ids else "content")
-
-
-def _by_id(frame: pd.DataFrame, columns: Sequence[str], wanted: set[str]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for column in columns:
-        for line, row in enumerate(frame[column].tolist()):
-            if row in wanted and line not in found.setdefault(row, []):
-                found[row].append(line)
-    return {row: sorted(lines) for row, lines in found.items()}
-
-
-class _Texts:
-    """Finds rows in tables without ids, such as `prompts` and those of older versions, by what they say."""
-
-    def __init__(self, tables: _Tables, wanted: set[str]) -> None:
-        self.rows: dict[str, dict[str, set[str]]] = {}  # dataset → column → row ids' texts
-        self.texts: dict[str, dict[str, list[tuple[str, str]]]] = {}
-        for dataset, table, md5 in tables.named(ALL_ROWS, "preferences"):
-            path = tables.path(dataset, table, md5)
-            if path is None:
-                continue
-            frame = read(path, [*IDS, *CONTENT])
-            for column in [name for name in IDS if name in frame]:
-                for row in frame[frame[column].isin(wanted)].to_dict("records"):
-                    self._learn(dataset, str(row[column]), row, sides=column == "row_id")
-
-    def _learn(self, dataset: str, row_id: str, row: Mapping[str, Any], sides: bool) -> None:
-        known = self.texts.setdefault(dataset, {})
-        for name in CONTENT if sides else ("prompt",):  # a made pair shows the prompt its rows were given
-            if isinstance(text := row.get(name), str):
-                entry = (row_id, text)
-                held = known.setdefault("prompt" if name == "prompt" else "answer", [])
-                if entry not in held:
-                    held.append(entry)
-
-    def find(self, frame: pd.DataFrame, dataset: str, table: str) -> dict[str, list[int]]:
-        """Lines that say what a row says: its prompt in `prompts`, one of its answers elsewhere."""
-        kind = "prompt" if table == "prompts" else "answer"
-        wanted = ("prompt",) if kind == "prompt" else ("completion", "chosen", "rejected", "answer")
-        columns = [name for name in wanted if name in frame]
-        lines: dict[str, list[int]] = {}
-        for column in columns:
-            for line, text in enumerate(frame[column].tolist()):
-                lines.setdefault(text, []).append(line)
-        found: dict[str, list[int]] = {}
-        for row, text in self.texts.get(dataset, {}).get(kind, []):
-            if text in lines:
-                found[row] = sorted({*found.get(row, []), *lines[text]})
-        return found
-
-
-def _versions(history: History, held: set[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
-    found: dict[str, list[tuple[str, str]]] = {}
-    for name, by_revision in history.items():
-        for revision, tables in by_revision.items():
-            if any((name, md5) in held for md5 in tables.values()):
-                digest = versions.digest_of({table: md5 for table, md5 in tables.items() if table in TABLES})
-                found.setdefault(name, []).append((digest, revision))
-    return found
 
 
 # -- steps -------------------------------------------------------------------------------------------------------
@@ -353,7 +154,7 @@ def _runs(forwarder: Forwarder) -> tuple[list[Record], str]:
         return [], f"{error.what} ({error.where}), so which runs and models read these tables is not known"
 
 
-def _step_saw(record: Record, sightings: Sequence[Sighting], tables: _Tables) -> Iterator[StepSaw]:
+def _step_saw(record: Record, sightings: Sequence[Sighting], tables: Tables) -> Iterator[StepSaw]:
     step, key = record.tags["prefloop.step"], record.tags.get("prefloop.key", "")
     read_here = {str(given["md5"]) for given in record.datasets}
     for seen in sightings:
@@ -456,7 +257,7 @@ def _first_held_out(frame: pd.DataFrame, count: int | None, *, even: bool) -> An
     return (held & (held.cumsum() <= count)).to_numpy()
 
 
-def _unreadable_tables(runs: Sequence[Record], tables: _Tables) -> list[str]:
+def _unreadable_tables(runs: Sequence[Record], tables: Tables) -> list[str]:
     """Steps that read a table that no revision names and DVC's cache has not: nobody can look into it."""
     known = {md5 for (name, table, md5), at in tables.of.items() if at != [NO_COMMIT] or tables.path(name, table, md5)}
     lost = {

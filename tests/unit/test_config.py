@@ -256,7 +256,7 @@ def test_a_missing_file_names_the_recipes_there_are(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_in_a_missing_folder_says_where_recipes_are(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="known: recipes/|recipes stand in recipes/"):
+    with pytest.raises(RecipeError, match=r"known: recipes/|recipes stand in recipes/"):
         load(tmp_path / "nowhere" / "recipe.yaml")
 
 
