@@ -120,6 +120,10 @@ class _Row(NamedTuple):
     policy_is_a: bool
     repeats: str | None
 
+    def shown(self) -> tuple[str, str, str, str]:
+        """Id, prompt and answers as raters see them: in dialogues the data's answers begin with a space."""
+        return self.id, self.prompt, self.a.strip(), self.b.strip()
+
 
 class _Said(NamedTuple):
     """A row of a rater's file that counts."""
@@ -208,7 +212,7 @@ def export(
     kept.write_text(json.dumps(key, indent=1, ensure_ascii=False), encoding="utf-8")
     out.parent.mkdir(parents=True, exist_ok=True)
     is_csv = out.suffix.lower() != ".jsonl"
-    sheet = as_csv(COLUMNS, [(row.id, row.prompt, row.a, row.b) for row in rows]) if is_csv else _as_json_lines(rows)
+    sheet = as_csv(COLUMNS, [row.shown() for row in rows]) if is_csv else _as_json_lines(rows)
     out.write_bytes(sheet)
     too_long = sum(len(text) > LONGEST_CELL for row in rows for text in (row.prompt, row.a, row.b)) if is_csv else 0
     return Exported(out, kept, len(picked), len(rows) - len(picked), too_long)
@@ -257,15 +261,12 @@ def as_csv(columns: Sequence[str], rows: Iterable[tuple[str, ...]]) -> bytes:
 
 def _harmless(text: str) -> str:
     """A cell that no spreadsheet takes for a formula, and no reader for the end of the file."""
-    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.strip().replace("\r\n", "\n").replace("\r", "\n"))
+    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n").replace("\r", "\n"))
     return f"'{text}" if _FORMULA.match(text) else text
 
 
 def _as_json_lines(rows: Iterable[_Row]) -> bytes:
-    records = (
-        dict(zip(COLUMNS, (row.id, row.prompt.strip(), row.a.strip(), row.b.strip(), "", ""), strict=True))
-        for row in rows
-    )
+    records = (dict(zip(COLUMNS, (*row.shown(), "", ""), strict=True)) for row in rows)
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode("utf-8", "replace")
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
@@ -74,7 +75,7 @@ def identities(folder: Path) -> pd.DataFrame:
 
 def read(path: Path, columns: list[str]) -> pd.DataFrame:
     """Columns of a table, as far as it has them: older versions have fewer."""
-    with path.open("rb") as file:
+    with pa.OSFile(str(path)) as file:
         there = pq.read_schema(file).names
         return pd.read_parquet(file, columns=[name for name in columns if name in there])
 

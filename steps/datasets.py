@@ -187,9 +187,11 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
 def read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
     """A Parquet table, or some of its columns; one that is replaced meanwhile is read whole, as it was."""
     import pandas as pd
+    import pyarrow as pa
 
-    # Given a path, pyarrow opens the file once for its schema and once more for its rows.
-    with path.open("rb") as file:
+    # Given a path, pyarrow opens the file once for its schema and once more for its rows. Python's own files will not
+    # do: its threads read them, and one that still has one to let go when the interpreter ends takes the process along.
+    with pa.OSFile(str(path)) as file:
         return pd.read_parquet(file, columns=columns)
 
 
