@@ -189,7 +189,7 @@ class Experiment:
         self._forward(self.folder)
         how = "reused" if prepared else "checked"
         self._say("data", how, self.data_seconds, report.headline("data", self.data.counts))
-        if not versions.is_committed(name, root):
+        if prepared is None and not versions.is_committed(name, root):
             self._say("data", "note", None, "in no commit: `git add data dvc.lock && git commit` keeps this version")
         if any(finding.drifted for finding in drifted):
             data_report.print_drift(self.console, drifted, "the data", "those of the version before")

@@ -74,6 +74,7 @@ def test_data_is_prepared_and_the_start_asked_once_for_all(root: Path, monkeypat
     assert len(prepared) == 1
     assert re.findall(r"^(data|baseline) +(\w+)", told.getvalue(), flags=re.MULTILINE) == [
         ("data", "checked"),
+        ("data", "note"),  # the test project has no commit
         ("baseline", "done"),
         ("data", "reused"),
         ("baseline", "reused"),
