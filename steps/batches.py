@@ -259,7 +259,9 @@ def _prepare(name: str, root: Path, batches: Sequence[str]) -> None:
 def _not_made(name: str, files: Sequence[Path], format: str | None, error: DataError) -> DataError:
     """Why a new dataset was not made, in words that hold when all of it has been taken back."""
     fields = _fields(files[0])
-    told = [error.have, *([f"the fields of {files[0].name} are {', '.join(fields)}"] if fields else [])]
+    # The stage's own places and ways out are of files that have been taken back.
+    found = [line for line in error.have.splitlines() if not line.strip().startswith(("where ", "next "))]
+    told = ["\n".join(found), *([f"the fields of {files[0].name} are {', '.join(fields)}"] if fields else [])]
     again = f"prefloop data add {name} {shlex.join(map(str, files))} --format {format} --columns FIELD=YOURS"
     return DataError(
         error.what,

@@ -139,6 +139,7 @@ def test_a_new_dataset_is_told_what_its_files_call_the_fields(larger: Path, tmp_
     batch = tiny.write_rows(rows, tmp_path / "other.jsonl")
     said = refused(larger, "add", "other", batch, "--format", "preferences")
     assert "the fields of other.jsonl are question, good, bad" in said and f"where {batch}" in said
+    assert "quarantine.parquet" not in said and "data report" not in said
     assert "--columns FIELD=YOURS" in said and "nothing was added to 'other'" in said
     told = [word for field, own in names.items() for word in ("--columns", f"{field}={own}")]
     assert "pairs" not in data(larger, "add", "other", batch, "--format", "preferences", *told)
