@@ -38,10 +38,14 @@ def history(model: Model) -> None:
 
     from steps import registry
 
+    changes = registry.history(_client(), model)
+    if not changes:
+        typer.echo(f"{model} has had no champion yet")
+        return
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("time", "", "from", "to", "by", "because"):
-        table.add_column(title, overflow="fold")
-    for change in registry.history(_client(), model):
+        table.add_column(title, overflow="fold", min_width=30 if title == "because" else None)
+    for change in changes:
         row = (change["time"], change["how"], change["from"] or "none", change["to"], change["who"], change["because"])
         table.add_row(*(escape(str(cell)) for cell in row))
     Console(highlight=False).print(table)
