@@ -86,7 +86,7 @@ def add(
     root: Path,
     *,
     format: str | None = None,
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] = MappingProxyType({}),
 ) -> Addition:
     """Copy files into a dataset as immutable batches, note where they came from, and run the stages.
 
@@ -99,7 +99,7 @@ def add(
             failed. Then nothing is added: files, registry, tables and `dvc.lock` are as they were.
         EnvironmentProblem: another process is working on the data.
     """
-    return _add(name, {file: file.name for file in files}, root, format=format, columns=columns or {})
+    return _add(name, {file: file.name for file in files}, root, format=format, columns=columns)
 
 
 def refresh(name: str, root: Path) -> tuple[versions.DataVersion, list[drift.Finding]]:

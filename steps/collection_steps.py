@@ -11,7 +11,6 @@ from steps.artifact import MANIFEST, Facts, digest_file
 from steps.collection import SAMPLES, SCORES, VERDICTS, duels
 from steps.config import Evaluate, Sampling
 from steps.datasets import read_table, write_table
-from steps.formats import as_answer
 from steps.judges import Comparison, GoldJudge, RewardJudge, ScoringJudge, make_judge, usage_facts
 from steps.models import ADAPTER, load_policy, load_tokenizer
 from steps.paths import Var
@@ -45,9 +44,8 @@ def draw_answers(
     each = [prompt for prompt in prompts for _ in range(per_prompt)]
     after = asked_after(policy / ADAPTER)
     model, tokenizer = load_policy(base, dtype, policy / ADAPTER), load_tokenizer(base)
-    said = sample(model, tokenizer, [prompt + after for prompt in each], sampling, seed, tracker, "answers")
-    texts = list(map(as_answer, each, said.texts))
-    write_table(pd.DataFrame({"prompt": each, "answer": texts, "tokens": said.lengths}), out / SAMPLES)
+    said = sample(model, tokenizer, each, sampling, seed, tracker, "answers", after=after)
+    write_table(pd.DataFrame({"prompt": each, "answer": said.texts, "tokens": said.lengths}), out / SAMPLES)
     facts = {
         "prompts": len(prompts),
         "samples": len(each),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steps.config import Evaluate
-from steps.formats import as_answer
 from steps.judges import Comparison, Judge, Scores
 from steps.sampling import Answers, sample
 from steps.sequential import SequentialTest
@@ -112,15 +111,12 @@ class Contest:
     def ask(self, name: str, prompts: Sequence[str], place: int = 0, temperature: float | None = None) -> Answers:
         """A model's answers."""
         contestant, label = self.models[name], name if temperature is None else f"{name} at {temperature:g}"
-        asked = contestant.asked(prompts)
         if known := contestant.said.get(temperature or self.evaluate.temperature):
             return known.part(place, len(prompts))
 
         def drawn(seed: int) -> Answers:
-            said = sample(
-                contestant.model, self.tokenizer, asked, self.evaluate, seed, self.tracker, label, temperature, place
-            )
-            return replace(said, texts=list(map(as_answer, prompts, said.texts)))
+            given = self.evaluate, seed, self.tracker, label, temperature, place, contestant.after
+            return sample(contestant.model, self.tokenizer, prompts, *given)
 
         if contestant.best_of == 1:
             return drawn(self.seed)

@@ -37,8 +37,11 @@ def check(recipe: Recipe, tables: Mapping[str, Path]) -> None:
     """
     if recipe.evaluate.topics is None:
         _check_prompts(tables["prompts"], recipe.evaluate.prompts)
-    for section, config in _learners(recipe):
-        _check_pairs(tables["preferences"], section, config)
+    if learners := dict(_learners(recipe)):
+        path = tables["preferences"]
+        pairs = read_table(path, ["part", "chosen", "rejected", "margin"])
+        for section, config in learners.items():
+            _check_pairs(pairs, path, section, config)
 
 
 def _learners(recipe: Recipe) -> Iterator[tuple[str, Pairs]]:
@@ -64,8 +67,7 @@ def _check_prompts(path: Path, wanted: int) -> None:
         )
 
 
-def _check_pairs(path: Path, section: str, config: Pairs) -> None:
-    pairs = read_table(path, ["part", "chosen", "rejected", "margin"])
+def _check_pairs(pairs: pd.DataFrame, path: Path, section: str, config: Pairs) -> None:
     held_out, train = pairs["part"] == "held_out", pairs[pairs["part"] == "train"]
     if not held_out.any():
         raise DataError("there are no held-out pairs", where=str(path), then="add data, or change the split")

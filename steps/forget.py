@@ -27,12 +27,11 @@ from steps.batches import FORGOTTEN, State
 from steps.changes import IDS
 from steps.errors import DataError, EnvironmentProblem
 from steps.paths import Var
-from steps.rows import chunks, hashes
+from steps.rows import ANSWERS, chunks, hashes
 from steps.step_tags import step_names, step_tag
 
 TABLES = ("rows", "valid", "quarantine", "demonstrations", "preferences", "prompts", "gold")
 _ID = re.compile(r"[0-9a-f]{16}")
-ANSWERS = ("chosen", "rejected", "answer")
 
 Place = tuple[str, int]  # file and line of a record
 

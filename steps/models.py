@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter"
 MASTER = "float32"  # of weights that are trained themselves: bfloat16 loses updates below 1/256 of a weight
-CPU = torch.device("cpu")
 SETS = ("target_modules", "modules_to_save", "exclude_modules")
 
 
@@ -103,7 +102,9 @@ def four_bits(compute: torch.dtype) -> BitsAndBytesConfig:
 
 def device() -> torch.device:
     """Where models are: this process's GPU, where there is one."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else CPU
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def _load(kind: Any, folder: Path, dtype: str, **options: Any) -> PreTrainedModel:

@@ -51,6 +51,7 @@ PLACE = ("source", "file", "line", "part")
 _ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 _QUOTED = json.encoder.encode_basestring
 CHUNK = 50_000  # rows that are in memory at once
+ANSWERS = ("chosen", "rejected", "answer")  # columns that hold what was said
 
 
 def row_id(row: Mapping[str, Any]) -> str:

@@ -130,19 +130,21 @@ def sample(
     label: str,
     temperature: float | None = None,
     place: int = 0,
+    after: str = "",
 ) -> Answers:
     """One answer to each prompt, drawn from the whole vocabulary.
 
     Args:
         temperature: the configured one when not given.
         place: number of the first prompt; a prompt's random numbers go by its number.
+        after: what the model wants its prompts to end with (`steps.policy_prompt`).
     """
     model.eval()
     end = tokenizer.eos_token_id
     drawn: list[list[int]] = []
     for first in range(0, len(prompts), config.batch_size):
         tracker.progress(label, first, len(prompts))
-        asked = tokenizer(list(prompts[first : first + config.batch_size]))["input_ids"]
+        asked = tokenizer([prompt + after for prompt in prompts[first : first + config.batch_size]])["input_ids"]
         numbers = uniforms_of(seed, place + first, len(asked), config.max_new_tokens)
         drawn += draw_tokens(model, asked, numbers, temperature or config.temperature, [end], tokenizer.pad_token_id)
     tracker.progress(label, len(prompts), len(prompts))

@@ -36,10 +36,11 @@ def checked_trainer(kind: str) -> AfterValidator:
         if kind in ("cdpo", "robust") and not (isinstance(smoothing, int | float) and 0 <= smoothing < 0.5):
             problems.append("label_smoothing: a share of wrong labels, from 0 to below 0.5")
         losses = trainer.get("loss_type", []) if kind == "dpo" else []
-        for loss in [losses] if isinstance(losses, str) else losses:
+        losses = [losses] if isinstance(losses, str) else losses
+        for loss in losses:
             if loss not in DPO_LOSSES:
                 problems.append(f"loss_type: TRL has no '{loss}', {did_you_mean(str(loss), DPO_LOSSES)}")
-        if kind == "dpo" and smoothing and set(SMOOTHED).isdisjoint([losses] if isinstance(losses, str) else losses):
+        if kind == "dpo" and smoothing and set(SMOOTHED).isdisjoint(losses):
             problems.append(f"label_smoothing: of `loss_type` only {', '.join(SMOOTHED)} have it; or set method: cdpo")
         answers = trainer.get("num_generations", 2)
         if kind in ON_GROUPS and (not isinstance(answers, int) or answers < 2):

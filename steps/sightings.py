@@ -151,6 +151,7 @@ def _names(file: str) -> list[str]:
 
 
 def find_rows(tables: Tables, wanted: set[str]) -> Iterator[Sighting]:
+    """Rows in every table that a step reads, and in what validation made of all."""
     texts = _Texts(tables, wanted)
     for dataset, table, md5 in tables.named("valid", "quarantine", *TABLES):
         if (path := tables.path(dataset, table, md5)) is None:
@@ -176,7 +177,6 @@ class _Texts:
     """Finds rows in tables without ids, such as `prompts` and those of older versions, by what they say."""
 
     def __init__(self, tables: Tables, wanted: set[str]) -> None:
-        self.rows: dict[str, dict[str, set[str]]] = {}  # dataset → column → row ids' texts
         self.texts: dict[str, dict[str, list[tuple[str, str]]]] = {}
         for dataset, table, md5 in tables.named(ALL_ROWS, "preferences"):
             path = tables.path(dataset, table, md5)

@@ -29,7 +29,7 @@ import pyarrow as pa
 
 from steps.datasets import Dataset, Split, dataset, folder, read_table, write_metrics, write_table
 from steps.errors import DataError, PrefloopError
-from steps.rows import hashes
+from steps.rows import ANSWERS, hashes
 
 USES = {"train": 2, "held_out": 1}  # how many pairs one answer may be part of
 MANY, NEIGHBOURS = 1000, 16  # answers of one prompt from which not all pairs are looked at, and how many then are
@@ -40,7 +40,6 @@ COLUMNS = ["row_id", "kind", "prompt", "chosen", "rejected", "tie", "margin", "a
 COLUMNS += ["source", "file", "line", "part"]
 LABELS = ("source", "topic")  # what win rates are told by; `topic` where the registry names a field for it
 PAIR = ["prompt", "chosen", "rejected", "margin", "agreement", "chosen_id", "rejected_id"]
-ANSWERS = ("chosen", "rejected", "answer")
 RANKS = ["group", "chosen_rank", "rejected_rank"]
 RANKED = ("comparisons", "rankings", "scored")  # formats whose records say more than which of two answers is better
 _WORD = re.compile(r"[a-z]{4,}")
@@ -376,7 +375,7 @@ def main(name: str) -> None:
     counts = {table: len(frame) for table, frame in tables.items()}
     counts |= {f"preferences_{part}": int((pairs["part"] == part).sum()) for part in USES}
     counts["pairs_left_out"] = pairs_left_out(rows, tables)
-    counts["ties"] = int(read_table(valid, columns=["tie"])["tie"].fillna(False).sum())
+    counts["ties"] = int(rows["tie"].fillna(False).sum())
     rated = pairs["agreement"].dropna()
     ceiling = {"agreement": round(float(rated.mean()), 4)} if len(rated) else {}
     write_metrics({**counts, **ceiling}, folder(name) / "split.json")

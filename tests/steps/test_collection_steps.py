@@ -13,11 +13,12 @@ import pandas as pd
 import pytest
 import tiny
 
-from steps import collection_steps
+from steps import collection_steps, sampling
 from steps.collection import SAMPLES, SCORES, VERDICTS
 from steps.collection_steps import compare_answers, draw_answers, score_answers
 from steps.config import Evaluate, Sampling
 from steps.judges import Comparison, GoldJudge, Verdict
+from steps.models import load_tokenizer
 from steps.policy_prompt import write
 from steps.tracking import NullTracker
 
@@ -58,13 +59,13 @@ def test_a_policy_is_asked_as_it_wants_to_be_and_the_rows_keep_the_plain_prompt(
 ) -> None:
     write(policy / "adapter", "Good:")
     asked: list[str] = []
-    honest = collection_steps.sample
+    honest, tokenizer = sampling.draw_tokens, load_tokenizer(base)
 
-    def watched(model: Any, tokenizer: Any, prompts: Sequence[str], *given: Any) -> Any:
-        asked.extend(prompts)
-        return honest(model, tokenizer, prompts, *given)
+    def watched(model: Any, prompts: Sequence[Sequence[int]], *given: Any) -> Any:
+        asked.extend(map(tokenizer.decode, prompts))
+        return honest(model, prompts, *given)
 
-    monkeypatch.setattr(collection_steps, "sample", watched)
+    monkeypatch.setattr(sampling, "draw_tokens", watched)
     found = drawn(base, policy, tmp_path / "out")
     assert asked[0] == "rain 1: Good:" and found["prompt"][0] == "rain 1: "
 

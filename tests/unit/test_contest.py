@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from steps import contest
+from steps import contest, sampling
 from steps.config import Evaluate
 from steps.contest import CHAMPION, POLICY, Contest, Contestant
 from steps.evaluate import best_of
@@ -45,13 +45,34 @@ def test_the_best_of_n_is_picked_by_the_models_own_reward_where_it_brings_one(dr
     assert match.ask(POLICY, ["p"]).texts == ["long"]
 
 
-def test_an_answer_in_a_dialogue_has_the_space_that_the_datas_have(drawn: list[str]) -> None:
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    eos_token_id = pad_token_id = 0
+
+    def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
+        return {"input_ids": [list(map(ord, text)) for text in texts]}
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return "".join(map(chr, tokens))
+
+
+def test_an_answer_in_a_dialogue_has_the_space_that_the_datas_have(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the policy is asked with words of its own behind the prompt, which the judge never sees."""
-    model: Any = None
+    asked: list[str] = []
+    said = [" Hello ", "Hello"]
+
+    def draw_tokens(model: Any, prompts: list[list[int]], *_: Any) -> list[list[int]]:
+        asked.extend("".join(map(chr, prompt)) for prompt in prompts)
+        return [[*map(ord, said.pop(0)), 0]]
+
+    monkeypatch.setattr(sampling, "draw_tokens", draw_tokens)
+    model: Any = SimpleNamespace(eval=lambda: None)
     match = held(policy=Contestant(model, after="\nGood:\n"))
-    drawn += [" Hello ", "Hello"]
+    match.tokenizer = Letters()  # type: ignore[assignment]
     assert match.ask(POLICY, ["\n\nHuman: Hi\n\nAssistant:"]).texts == [" Hello"]
     assert match.ask(POLICY, ["Say hello:"]).texts == ["Hello"]
+    assert asked == ["\n\nHuman: Hi\n\nAssistant:\nGood:\n", "Say hello:\nGood:\n"]
 
 
 @pytest.mark.parametrize("seed", range(8))
